@@ -1,0 +1,3 @@
+"""To be described."""
+def main() -> int:
+    return 0
