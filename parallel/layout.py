@@ -1,0 +1,105 @@
+"""Layout: everything that decides where the arrays of a run lie, in one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from .. import InputError
+from .batches import batch_sharding, local_rows, place_batch, replicated
+from .mesh import MeshShape, make_mesh
+from .rules import DEFAULT_RULES, AxisRules, AxisTable, axis_names
+from .zero import (
+    LEVELS,
+    MINIMUM,
+    Placement,
+    gradient_shardings,
+    optimizer_shardings,
+    parameter_shardings,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Mesh, axis rules and ZeRO level of a run; its methods say where each tree of arrays lies.
+
+    The methods take abstract trees (`jax.eval_shape`: anything with `shape` and `dtype`) and the model's
+    axis table, and return trees of NamedSharding of the same structure, for `jax.jit`, `jax.device_put` and
+    restoring.
+
+    zero       0 to 3, see `modicum.parallel.zero`
+    replicate  patterns of arrays copied whole to every device, where their sizes divide over nothing
+    minimum    elements from which ZeRO splits an array
+    """
+
+    mesh: Mesh
+    rules: AxisRules = DEFAULT_RULES
+    zero: int = 0
+    replicate: tuple[str, ...] = ()
+    minimum: int = MINIMUM
+
+    def __post_init__(self) -> None:
+        if self.zero not in LEVELS:
+            raise InputError(f"ZeRO level {self.zero!r}; the levels are 0, 1, 2, 3")
+
+    @classmethod
+    def single(cls) -> Layout:
+        """Everything on the first device: a run without parallelism."""
+        return cls(make_mesh(MeshShape(), jax.local_devices()[:1]))
+
+    def parameters(self, abstract: Any, table: AxisTable) -> Any:
+        """Shardings of parameters, trained or frozen."""
+        return parameter_shardings(abstract, axis_names(abstract, table), self._placement)
+
+    def gradients(self, abstract: Any, table: AxisTable) -> Any:
+        """Shardings of the gradients of these parameters, for a constraint inside the step."""
+        return gradient_shardings(abstract, axis_names(abstract, table), self._placement)
+
+    def optimizer(self, abstract_state: Any, abstract: Any, table: AxisTable) -> Any:
+        """Shardings of the state of an optimizer (or an average) of these parameters."""
+        return optimizer_shardings(abstract_state, abstract, axis_names(abstract, table), self._placement)
+
+    def state(self, abstract_state: Any, table: AxisTable, parameters: str = "trainable") -> Any:
+        """Shardings of a whole train state, a NamedTuple, dataclass or dict.
+
+        Its field `parameters` lies as parameters; whatever else has copies of the parameter tree (moments,
+        averages) lies as optimizer state; counters and keys are copied.
+        """
+        abstract = _field(abstract_state, parameters)
+        everything = self.optimizer(abstract_state, abstract, table)
+        return _with_field(everything, parameters, self.parameters(abstract, table))
+
+    def batch(self, abstract_batch: Any) -> Any:
+        """Shardings of a batch: rows over data and fsdp, length over context."""
+        return jax.tree.map(
+            lambda leaf: batch_sharding(self.mesh, len(leaf.shape), self.rules), abstract_batch
+        )
+
+    def place(self, batch: Any) -> Any:
+        """Put this process's rows of a batch on the mesh, see `place_batch`."""
+        return place_batch(batch, self.mesh, self.rules)
+
+    def local_rows(self, rows: int) -> slice:
+        """Which rows of a global batch this process provides, see `modicum.parallel.local_rows`."""
+        return local_rows(rows, self.mesh, self.rules)
+
+    def replicated(self) -> NamedSharding:
+        """The sharding of an array that every device holds whole."""
+        return replicated(self.mesh)
+
+    @property
+    def _placement(self) -> Placement:
+        return Placement(self.mesh, self.rules, self.zero, self.replicate, self.minimum)
+
+
+def _field(state: Any, name: str) -> Any:
+    return state[name] if isinstance(state, dict) else getattr(state, name)
+
+
+def _with_field(state: Any, name: str, value: Any) -> Any:
+    if isinstance(state, dict):
+        return {**state, name: value}
+    return state._replace(**{name: value}) if hasattr(state, "_replace") else state.replace(**{name: value})
