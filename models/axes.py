@@ -1,0 +1,29 @@
+"""Logical names of the Transformer's parameter axes.
+
+Rows are searched from the first; a pattern fits the end of a `/` path. `parallel.AxisRules` then says
+which logical axis lies on which mesh axis. Leaves of scanned layers have one more axis in front, `layers`.
+"""
+
+from __future__ import annotations
+
+AxisTable = tuple[tuple[str, tuple[str, ...]], ...]
+
+TRANSFORMER_AXES: AxisTable = (
+    (r"embedding/table", ("vocab", "width")),
+    (r"position_embedding/table", ("positions", "width")),
+    (r"relative_bias/table", ("buckets", "heads")),
+    (r"query/kernel", ("width", "heads")),
+    (r"query/bias", ("heads",)),
+    (r"(key|value)/kernel", ("width", "kv_heads")),
+    (r"(key|value)/bias", ("kv_heads",)),
+    (r"output/kernel", ("heads", "width")),
+    (r"output/bias", ("width",)),
+    (r"mlp/(up|gate)/kernel", ("width", "mlp")),
+    (r"mlp/(up|gate)/bias", ("mlp",)),
+    (r"mlp/down/kernel", ("mlp", "width")),
+    (r"mlp/down/bias", ("width",)),
+    (r"\w*norm/(scale|bias)", ("width",)),
+    (r"head/kernel", ("width", "vocab")),
+    (r"classifier/kernel", ("width", "labels")),
+    (r"classifier/bias", ("labels",)),
+)

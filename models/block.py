@@ -1,0 +1,122 @@
+"""One layer of a Transformer, and a stack of them, unrolled or scanned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import struct
+
+from .config import TransformerConfig
+from .hooks import Hook
+from .kernels import Bias, Mask
+
+
+@struct.dataclass
+class Context:
+    """What every layer of a stack sees beside the residual stream.
+
+    `mask` and `memory_mask` say who attends whom, `bias` is added to self-attention's scores,
+    `positions` are `[B, T]`, `memory` `[B, S, D]` is what cross-attention reads.
+    """
+
+    mask: Mask
+    positions: jax.Array
+    bias: Bias | None = None
+    memory: jax.Array | None = None
+    memory_mask: Mask | None = None
+    train: bool = struct.field(pytree_node=False, default=False)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where there is a memory, and a feed-forward layer.
+
+    Hooks `middle` and `residual` see the stream after attention and at the end, `[B, T, D]`. Returns
+    `(x, None)`, the carry and output of a scan's body, so that one class serves unrolled and scanned.
+    """
+
+    config: TransformerConfig
+    index: int = 0
+    cross: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
+        config = self.config
+        attention, mlp = config.layer(self.index)
+        attend = attention.build(config)
+
+        def self_attention(y: jax.Array) -> jax.Array:
+            y = attend(y, mask=context.mask, bias=context.bias, positions=context.positions)
+            return self._drop(y, context)
+
+        x = config.residual(x, self._norm("attention_norm"), self_attention)
+        if self.cross:
+            x = self._cross_attention(x, context)
+        x = Hook(name="middle")(x)
+        feed_forward = mlp.build(config)
+        x = config.residual(x, self._norm("mlp_norm"), lambda y: self._drop(feed_forward(y), context))
+        return Hook(name="residual")(x), None
+
+    def _cross_attention(self, x: jax.Array, context: Context) -> jax.Array:
+        assert context.memory is not None and context.memory_mask is not None
+        memory, mask = context.memory, context.memory_mask
+        attend = self.config.attention.build(self.config, name="cross_attention")
+        return self.config.residual(
+            x,
+            self._norm("cross_attention_norm"),
+            lambda y: self._drop(attend(y, mask=mask, memory=memory), context),
+        )
+
+    def _norm(self, name: str) -> nn.Module:
+        return self.config.norm.build(self.config.precision, name)
+
+    def _drop(self, x: jax.Array, context: Context) -> jax.Array:
+        return nn.Dropout(self.config.dropout, deterministic=not context.train)(x)
+
+
+class Period(nn.Module):
+    """The layers of one period of the pattern, as the body of a scan."""
+
+    config: TransformerConfig
+    cross: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
+        for index in range(self.config.period):
+            x, _ = Block(self.config, index, self.cross, name=f"layer_{index}")(x, context)
+        return x, None
+
+
+def apply_layers(config: TransformerConfig, x: jax.Array, context: Context, cross: bool = False) -> jax.Array:
+    """Run the stack inside the calling module's compact method.
+
+    Unrolled, the layers are its children `layers_0`, `layers_1`, ...; scanned, they are one child
+    `layers` whose parameters have a leading axis over layers (over periods, with the layers of a period
+    called `layer_0`, ..., where the configuration has a pattern).
+    """
+    if config.scan:
+        return _scanned(config, cross)(x, context)[0]
+    block = _remat(Block, config)
+    for index in range(config.layers):
+        x, _ = block(config, index % config.period, cross, name=f"layers_{index}")(x, context)
+    return x
+
+
+def _scanned(config: TransformerConfig, cross: bool) -> Any:
+    body = Block if config.period == 1 else Period
+    scan = nn.scan(
+        _remat(body, config),
+        variable_axes={True: 0},  # parameters, and whatever hooks sow
+        split_rngs={True: True},
+        in_axes=nn.broadcast,
+        length=config.layers // config.period,
+    )
+    return scan(config, cross=cross, name="layers")
+
+
+def _remat(module: type[nn.Module], config: TransformerConfig) -> Any:
+    if config.remat == "none":
+        return module
+    policy = jax.checkpoint_policies.dots_saveable if config.remat == "dots" else None
+    return nn.remat(module, policy=policy, prevent_cse=not config.scan)

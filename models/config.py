@@ -1,0 +1,105 @@
+"""`TransformerConfig`: a Transformer as a value, composed of choices that build themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from .. import InputError
+from .attention import GroupedQuery
+from .mlp import MLP, GatedMLP
+from .norms import LayerNorm, Norm
+from .positions import Learned, Positions
+from .precision import Precision
+from .residuals import PreNorm, Residual
+
+Kind = Literal["decoder", "encoder", "encoder-decoder"]
+KINDS = ("decoder", "encoder", "encoder-decoder")
+REMAT = ("none", "full", "dots")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer of a pattern has in place of the configuration's attention or mlp."""
+
+    attention: GroupedQuery | None = None
+    mlp: MLP | GatedMLP | None = None
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A decoder, an encoder or an encoder-decoder, from its parts.
+
+    `layers` counts each stack's layers. `pattern` gives layers that differ, repeated to the full depth
+    (two entries: even and odd layers). `scan` runs the layers as one scanned body with stacked
+    parameters: compile time does not grow with depth. `remat` recomputes in the backward pass: "full"
+    each layer, "dots" all but matrix products. `vocab_multiple` pads the embedding table to a multiple,
+    masked in the logits. `embedding_scale` 0 means sqrt(D), as in the original Transformer.
+    """
+
+    kind: Kind = "decoder"
+    layers: int = 12
+    width: int = 768
+    vocab: int = 50_257
+    attention: GroupedQuery = GroupedQuery()
+    mlp: MLP | GatedMLP = MLP()
+    norm: Norm = LayerNorm()
+    positions: Positions = Learned()
+    residual: Residual = PreNorm()
+    pattern: tuple[Layer, ...] = ()
+    tied: bool = True
+    embedding_norm: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    vocab_multiple: int = 1
+    dropout: float = 0.0
+    initial_std: float = 0.02
+    scan: bool = False
+    remat: Literal["none", "full", "dots"] = "none"
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "width", "vocab", "vocab_multiple"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field}={getattr(self, field)} must be at least 1")
+        if self.kind not in KINDS:
+            raise InputError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}")
+        if self.remat not in REMAT:
+            raise InputError(f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
+        if self.layers % self.period:
+            raise InputError(f"{self.layers} layers are not a multiple of the pattern's {self.period}")
+
+    @property
+    def period(self) -> int:
+        """How many layers the pattern has before it repeats."""
+        return max(1, len(self.pattern))
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding table."""
+        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    def layer(self, index: int) -> tuple[GroupedQuery, MLP | GatedMLP]:
+        """Attention and mlp of layer `index`."""
+        own = self.pattern[index % self.period] if self.pattern else Layer()
+        return own.attention or self.attention, own.mlp or self.mlp
+
+    def linear(self, features: int, bias: bool, *, name: str, residual: bool = False) -> nn.Dense:
+        """A dense layer with a kernel `[in, features]` in this configuration's precision.
+
+        Kernels that write to the residual stream start smaller, by 1 / sqrt(2 L), so that its variance
+        does not grow with depth (Radford et al., GPT-2, 2019, section 2.3).
+        """
+        std = self.initial_std / (np.sqrt(2 * self.layers) if residual else 1.0)
+        return nn.Dense(
+            features,
+            use_bias=bias,
+            dtype=jnp.dtype(self.precision.compute),
+            param_dtype=jnp.dtype(self.precision.param),
+            kernel_init=nn.initializers.normal(std),
+            name=name,
+        )

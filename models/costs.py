@@ -1,0 +1,55 @@
+"""What a model costs, from its shapes alone: parameters, bytes and floating-point operations.
+
+Nothing is allocated: shapes come from `jax.eval_shape`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .config import TransformerConfig
+from .transformer import Transformer
+
+
+def abstract_parameters(model: Transformer) -> Any:
+    """The parameter tree as shapes and types."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    extra = {"decoder_tokens": tokens} if model.config.kind == "encoder-decoder" else {}
+    return jax.eval_shape(lambda rng, x, more: model.init(rng, x, **more), jax.random.key(0), tokens, extra)
+
+
+def parameter_count(model: Transformer) -> int:
+    """How many numbers the model holds; a tied table counts once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_parameters(model)))
+
+
+def parameter_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def training_flops_per_token(config: TransformerConfig, length: int) -> float:
+    """Model FLOPs of one training step per token of a decoder or encoder, forward and backward.
+
+    6 per weight in a matrix product, the logits' included and embedding look-ups not, plus attention's
+    12 L H K S, halved where causal since half the scores are masked (Chowdhery et al., PaLM, 2022,
+    appendix B, with the causal half made explicit). Recomputation does not count: this is what model
+    FLOPs utilisation (MFU) is a fraction of.
+    """
+    attended = sum(
+        min(length, layer.window or length) * layer.heads * layer.width_of_head(config.width)
+        for layer in (config.layer(index)[0] for index in range(config.layers))
+    )
+    causal = 0.5 if config.kind == "decoder" else 1.0
+    return 6.0 * matrix_weights(config) + 12.0 * attended * causal
+
+
+def matrix_weights(config: TransformerConfig) -> int:
+    """Weights that multiply each token: all kernels, and the tied table as the output layer."""
+    flat, _ = jax.tree.flatten_with_path(abstract_parameters(Transformer(config)))
+    kernels = sum(math.prod(leaf.shape) for path, leaf in flat if path[-1].key == "kernel")
+    return kernels + (config.padded_vocab * config.width if config.tied else 0)

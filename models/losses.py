@@ -1,0 +1,40 @@
+"""Losses and scores, summed over what counts: the caller divides by the summed weight.
+
+Sums, not means, so that gradient accumulation and data parallelism weigh every token alike.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from .precision import promote_statistics
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Negative log likelihood in nats, `[...]`, of `targets [...]` under `logits [..., V]`, in float32.
+
+    `smoothing` mixes the target with the uniform distribution (Szegedy et al., 2016).
+    """
+    wide = promote_statistics(logits)
+    normaliser = jax.nn.logsumexp(wide, axis=-1)
+    chosen = jnp.take_along_axis(wide, targets[..., None], axis=-1)[..., 0]
+    loss = normaliser - chosen
+    if smoothing:
+        uniform = normaliser - wide.mean(-1)
+        loss = (1 - smoothing) * loss + smoothing * uniform
+    return loss
+
+
+def weighted_cross_entropy(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array, smoothing: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Summed weighted loss and summed weight, both scalars in float32."""
+    loss = cross_entropy(logits, targets, smoothing)
+    weights = weights.astype(loss.dtype)
+    return (loss * weights).sum(), weights.sum()
+
+
+def weighted_correct(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """Summed weight of the rows whose largest logit is the target's."""
+    return ((logits.argmax(-1) == targets) * weights).sum().astype(jnp.float32)

@@ -1,0 +1,107 @@
+"""Feed-forward layers: plain and gated, with any activation.
+
+The hook `act` sees what the activation function returns, `[B, T, F]`: these are the neurons that
+activation sparsity and skill neurons are about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .. import InputError
+from .hooks import Hook
+
+if TYPE_CHECKING:
+    from .config import TransformerConfig
+
+
+def squared_relu(x: jax.Array) -> jax.Array:
+    """`max(x, 0)²` (So et al., "Primer", 2021)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "relu2": squared_relu,
+    # x Φ(x) with the normal distribution function; `gelu_tanh` is GPT-2's approximation
+    # (Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016).
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+}
+
+
+def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The elementwise function called `name`; raises `InputError` listing the valid names."""
+    if name not in ACTIVATIONS:
+        raise InputError(f"activation {name!r} is unknown; valid: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+@dataclass(frozen=True)
+class MLP:
+    """`down(activation(up(x)))` with `width` F neurons (0: four times the model width)."""
+
+    width: int = 0
+    activation: str = "gelu"
+    bias: bool = True
+
+    def build(self, config: TransformerConfig) -> nn.Module:
+        """The module `mlp`, with children `up` and `down`."""
+        return MLPModule(config, self, name="mlp")
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """`down(activation(gate(x)) * up(x))` (Shazeer, "GLU Variants Improve Transformer", 2020).
+
+    `activation="sigmoid"` is GLU, `"gelu"` GeGLU, `"silu"` SwiGLU, `"relu"` ReGLU.
+    """
+
+    width: int = 0
+    activation: str = "silu"
+    bias: bool = False
+
+    def build(self, config: TransformerConfig) -> nn.Module:
+        """The module `mlp`, with children `gate`, `up` and `down`."""
+        return GatedMLPModule(config, self, name="mlp")
+
+
+class MLPModule(nn.Module):
+    """The plain feed-forward layer, `[B, T, D] -> [B, T, D]`."""
+
+    config: TransformerConfig
+    choice: MLP
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config, bias = self.config, self.choice.bias
+        width = self.choice.width or 4 * config.width
+        hidden = config.linear(width, bias, name="up")(x)
+        hidden = Hook(name="act")(activation_function(self.choice.activation)(hidden))
+        return config.linear(config.width, bias, name="down", residual=True)(hidden)
+
+
+class GatedMLPModule(nn.Module):
+    """The gated feed-forward layer, `[B, T, D] -> [B, T, D]`; the hook `mid` sees the gated product."""
+
+    config: TransformerConfig
+    choice: GatedMLP
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config, bias = self.config, self.choice.bias
+        width = self.choice.width or 4 * config.width
+        gate = config.linear(width, bias, name="gate")(x)
+        gate = Hook(name="act")(activation_function(self.choice.activation)(gate))
+        hidden = Hook(name="mid")(gate * config.linear(width, bias, name="up")(x))
+        return config.linear(config.width, bias, name="down", residual=True)(hidden)

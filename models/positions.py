@@ -1,0 +1,172 @@
+"""Where a token stands: position information as a choice of the configuration.
+
+A choice may add something to the embeddings, rotate queries and keys, or bias the attention scores; by
+default it does none of these. Positions are integers `[B, T]`, restarting at each packed document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import InputError
+from .kernels import ALiBi as ALiBiBias
+from .kernels import Bias, Bucketed, alibi_slopes
+from .precision import Precision
+
+
+@dataclass(frozen=True)
+class Positions:
+    """No position information; the base of the others."""
+
+    def embedding(self, width: int, precision: Precision, std: float) -> nn.Module | None:
+        """A module `positions [B, T] -> [B, T, D]` whose value is added to the embeddings, if any."""
+        return None
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Queries or keys `[B, T, H, K]` at `positions [B, T]`."""
+        return x
+
+    def bias(self, heads: int, bidirectional: bool, precision: Precision, std: float) -> nn.Module | None:
+        """A module `() -> Bias` whose value is added to the attention scores of every layer, if any."""
+        return None
+
+
+@dataclass(frozen=True)
+class Learned(Positions):
+    """A learned vector for each of `max_length` positions."""
+
+    max_length: int = 1024
+
+    def embedding(self, width: int, precision: Precision, std: float) -> nn.Module:
+        """Looks positions up in `position_embedding/table` `[max_length, D]`."""
+        return LearnedModule(self.max_length, width, precision, std, name="position_embedding")
+
+
+@dataclass(frozen=True)
+class Sinusoidal(Positions):
+    """Fixed sines and cosines (Vaswani et al., "Attention Is All You Need", 2017, section 3.5)."""
+
+    base: float = 10_000.0
+
+    def embedding(self, width: int, precision: Precision, std: float) -> nn.Module:
+        """Computes the encoding; it has no parameters."""
+        return SinusoidalModule(self.base, width, precision, name="position_embedding")
+
+
+@dataclass(frozen=True)
+class Rotary(Positions):
+    """Rotates pairs of query and key entries by an angle proportional to the position.
+
+    The score of a query at m and a key at n then depends on n - m only (Su et al., "RoFormer", 2021).
+    `width` is how many leading entries of a head are rotated (0: all). Pairs are the two halves
+    (GPT-NeoX, LLaMA), or neighbouring entries where `interleaved` (GPT-J, the paper).
+    """
+
+    base: float = 10_000.0
+    width: int = 0
+    interleaved: bool = False
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """`x` with the first `width` entries of each head rotated; angles and products in float32."""
+        width = self.width or x.shape[-1]
+        if width % 2 or width > x.shape[-1]:
+            raise InputError(f"rotary width {width} must be even and at most the head width {x.shape[-1]}")
+        exponents = np.arange(0, width, 2) / width
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        angles = positions[..., None, None].astype(dtype) * jnp.asarray(self.base**-exponents, dtype)
+        rotated = _rotate_pairs(x[..., :width].astype(dtype), angles, self.interleaved).astype(x.dtype)
+        return rotated if width == x.shape[-1] else jnp.concatenate([rotated, x[..., width:]], -1)
+
+
+@dataclass(frozen=True)
+class RelativeBuckets(Positions):
+    """T5's learned bias per head and bucket of the distance (Raffel et al., 2020, section 2.1)."""
+
+    buckets: int = 32
+    max_distance: int = 128
+
+    def bias(self, heads: int, bidirectional: bool, precision: Precision, std: float) -> nn.Module:
+        """One table `relative_bias/table` `[buckets, H]`, shared by all layers of a stack."""
+        return RelativeBias(self, heads, bidirectional, precision, std, name="relative_bias")
+
+
+@dataclass(frozen=True)
+class ALiBi(Positions):
+    """Subtracts a fixed slope per head times the distance (Press et al., 2022)."""
+
+    def bias(self, heads: int, bidirectional: bool, precision: Precision, std: float) -> nn.Module:
+        """Computes the slopes 2^(-8 i / H), i = 1..H; it has no parameters."""
+        return ALiBiModule(heads, name="relative_bias")
+
+
+class LearnedModule(nn.Module):
+    """A table of positions."""
+
+    max_length: int
+    width: int
+    precision: Precision
+    std: float
+
+    @nn.compact
+    def __call__(self, positions: jax.Array) -> jax.Array:
+        if positions.shape[-1] > self.max_length:
+            raise InputError(
+                f"sequence length {positions.shape[-1]} exceeds the model's {self.max_length} positions; "
+                f"use length <= {self.max_length} or a model with more positions"
+            )
+        shape, dtype = (self.max_length, self.width), jnp.dtype(self.precision.param)
+        table = self.param("table", nn.initializers.normal(self.std), shape, dtype)
+        return jnp.take(table.astype(self.precision.compute), positions, axis=0)
+
+
+class SinusoidalModule(nn.Module):
+    """Sines in the even entries, cosines in the odd ones."""
+
+    base: float
+    width: int
+    precision: Precision
+
+    def __call__(self, positions: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(self.precision.compute, jnp.float32)
+        frequencies = jnp.asarray(self.base ** -(np.arange(0, self.width, 2) / self.width), dtype)
+        angles = positions[..., None].astype(dtype) * frequencies
+        pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1)
+        return pairs.reshape(*positions.shape, -1)[..., : self.width].astype(self.precision.compute)
+
+
+class RelativeBias(nn.Module):
+    """Holds T5's table and hands it to the attention kernels, which never build `[H, T, S]` from it."""
+
+    choice: RelativeBuckets
+    heads: int
+    bidirectional: bool
+    precision: Precision
+    std: float
+
+    @nn.compact
+    def __call__(self) -> Bias:
+        shape, dtype = (self.choice.buckets, self.heads), jnp.dtype(self.precision.param)
+        table = self.param("table", nn.initializers.normal(self.std), shape, dtype)
+        return Bucketed(table, bidirectional=self.bidirectional, max_distance=self.choice.max_distance)
+
+
+class ALiBiModule(nn.Module):
+    """Hands ALiBi's slopes to the attention kernels."""
+
+    heads: int
+
+    def __call__(self) -> Bias:
+        return ALiBiBias(alibi_slopes(self.heads))
+
+
+def _rotate_pairs(x: jax.Array, angles: jax.Array, interleaved: bool) -> jax.Array:
+    """Rotate each pair of `x [B, T, H, W]` by `angles [B, T, 1, W/2]`."""
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, -1)
+    rotated = first * cosine - second * sine, second * cosine + first * sine
+    return jnp.stack(rotated, -1).reshape(x.shape) if interleaved else jnp.concatenate(rotated, -1)
