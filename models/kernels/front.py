@@ -1,0 +1,147 @@
+"""attention(): the one function models call, whatever computes it."""
+
+from typing import Literal, overload
+
+import jax
+from jax import Array
+
+from ... import InputError
+from .biases import Bias, as_bias
+from .masks import Mask, Sizes
+from .reference import attention_scores, softmax
+from .registry import choose
+from .request import Request, abstract
+
+
+@overload
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Mask,
+    bias: Bias | Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    impl: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Mask,
+    bias: Bias | Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    impl: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Mask,
+    bias: Bias | Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Softmax attention of q `[B, T, H, K]` on k and v `[B, S, G, K]`: `[B, T, H, K]` (and lse `[B, H, T]`).
+
+    H is a multiple of G; query head h reads key head `h // (H / G)`. Scores are `q·k * scale` (default
+    `K ** -0.5`), plus `bias`, then `soft_cap * tanh(scores / soft_cap)`, then the mask. A query that may see
+    no key gives output 0, lse -inf and zero gradients. Softmax and sums are in float32 (float64 for float64
+    input), the output in the type of q. Everything is differentiable, the bias and lse too.
+
+    `impl` is "auto" or a name of `implementations()`; the choice is logged to `modicum.kernels` when traced.
+    Raises InputError where shapes do not fit, the name is unknown or the named one cannot do it.
+    """
+    bias = as_bias(bias)
+    request = _request(q, k, v, mask, bias, scale, soft_cap)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = choose(request, impl)(q, k, v, mask, bias, scale, soft_cap)
+    return (out, lse) if return_lse else out
+
+
+def attention_probabilities(
+    q: Array,
+    k: Array,
+    *,
+    mask: Mask,
+    bias: Bias | Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Array:
+    """The attention pattern `[B, H, T, S]`, at least float32: rows sum to 1, or to 0 where all is masked."""
+    bias = as_bias(bias)
+    _request(q, k, k, mask, bias, scale, soft_cap)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return softmax(attention_scores(q, k, mask, bias, scale, soft_cap))[0]
+
+
+def _request(
+    q: Array, k: Array, v: Array, mask: Mask, bias: Bias | None, scale: float | None, soft_cap: float | None
+) -> Request:
+    """The checked description of the call."""
+    _check_arrays(q, k, v)
+    _check_number("scale", scale)
+    _check_number("soft_cap", soft_cap)
+    batch, queries, heads, width = q.shape
+    keys, kv_heads = k.shape[1:3]
+    if not isinstance(mask, Mask):
+        raise InputError(
+            f"mask is {type(mask).__name__}; it must be a mask, e.g. Full(), Causal() or Dense(array)"
+        )
+    sizes = Sizes(batch, heads, queries, keys)
+    if reason := mask.mismatch(sizes) or (bias.mismatch(sizes) if bias is not None else None):
+        raise InputError(f"attention: {reason}")
+    return Request(
+        platform=jax.default_backend(),
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        value_width=v.shape[3],
+        dtype=q.dtype.name,
+        mask=abstract(mask),
+        bias=abstract(bias),
+        soft_cap=soft_cap is not None,
+    )
+
+
+def _check_arrays(q: Array, k: Array, v: Array) -> None:
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.ndim != 4:
+            raise InputError(
+                f"attention: {name} has shape {list(array.shape)}; it must be [batch, length, heads, width]"
+            )
+        if array.dtype != q.dtype or not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+            raise InputError(
+                f"attention: {name} has type {array.dtype}; q, k and v must have one floating type"
+            )
+    if k.shape[:3] != v.shape[:3]:
+        raise InputError(
+            f"attention: k {list(k.shape)} and v {list(v.shape)} must agree but for the last axis"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise InputError(
+            f"attention: q {list(q.shape)} and k {list(k.shape)} must have one batch size and one width"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise InputError(f"attention: q has {q.shape[2]} heads, which k's {k.shape[2]} heads do not divide")
+
+
+def _check_number(name: str, value: float | None) -> None:
+    if value is not None and (isinstance(value, jax.Array) or not value > 0):
+        raise InputError(f"attention: {name} is {value!r}; it must be a positive Python number")

@@ -1,0 +1,79 @@
+"""Softmax attention as it is written on paper: the oracle of other kernels, and the source of patterns."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .biases import Bias
+from .masks import Mask
+from .request import Request
+from .spans import Span, accumulation_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The `[B, H, T, S]` matrix of scores in full; supports everything."""
+
+    name: str = "reference"
+
+    def supports(self, request: Request) -> str | None:
+        """It can do every request."""
+        return None
+
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Mask,
+        bias: Bias | None,
+        scale: float,
+        soft_cap: float | None,
+    ) -> tuple[Array, Array]:
+        """Output `[B, T, H, K]` and log-sum-exp `[B, H, T]`."""
+        probabilities, lse = softmax(attention_scores(q, k, mask, bias, scale, soft_cap))
+        grouped = group_heads(probabilities, k.shape[2]).astype(v.dtype)
+        out = jnp.einsum("bgrts,bsgk->btgrk", grouped, v, preferred_element_type=lse.dtype)
+        return out.reshape(*q.shape[:3], v.shape[3]).astype(q.dtype), lse
+
+
+def attention_scores(
+    q: Array, k: Array, mask: Mask, bias: Bias | None, scale: float, soft_cap: float | None
+) -> Array:
+    """What the softmax is taken of, at least float32 `[B, H, T, S]`, -inf where masked.
+
+    The order is scale, bias, soft cap, mask. Query head h reads key head `h // (H / G)`.
+    """
+    batch, queries, heads, width = q.shape
+    keys, groups = k.shape[1:3]
+    grouped = q.reshape(batch, queries, groups, heads // groups, width)
+    dtype = accumulation_dtype(q.dtype)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, preferred_element_type=dtype)
+    scores = scores.reshape(batch, heads, queries, keys) * scale
+    rows, columns = Span(0, queries), Span(0, keys)
+    if bias is not None:
+        scores = scores + bias.tile(rows, columns).astype(dtype)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    return jnp.where(mask.predicate(rows, columns), scores, -jnp.inf)
+
+
+def group_heads(array: Array, groups: int) -> Array:
+    """`[B, H, ...]` as `[B, G, H / G, ...]`; a head axis of size 1 broadcasts and becomes two."""
+    heads = array.shape[1]
+    return array.reshape(
+        array.shape[0], *((1, 1) if heads == 1 else (groups, heads // groups)), *array.shape[2:]
+    )
+
+
+def softmax(scores: Array) -> tuple[Array, Array]:
+    """Probabilities and log-sum-exp; a row without any key gives 0, -inf and no gradient."""
+    top = lax.stop_gradient(scores.max(-1, keepdims=True))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    return weights / total, lse[..., 0]

@@ -1,0 +1,44 @@
+"""Which implementation computes a request: each says what it cannot do, the first that can is taken."""
+
+import functools
+import logging
+
+from ... import InputError
+from .reference import Reference
+from .request import Implementation, Request
+
+logger = logging.getLogger("modicum.kernels")
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Reference(),)
+
+
+def implementations() -> tuple[Implementation, ...]:
+    """All implementations, the preferred first."""
+    return IMPLEMENTATIONS
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(request: Request, impl: str) -> Implementation:
+    """The implementation named `impl`, or for "auto" the first that supports the request.
+
+    Logs the choice to `modicum.kernels`; the cache makes that once a request, however many layers make it.
+    Raises InputError for an unknown name and for a forced implementation that cannot do the request.
+    """
+    by_name = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+    if impl != "auto":
+        if impl not in by_name:
+            raise InputError(f"impl={impl!r} is unknown; valid are auto, {', '.join(by_name)}")
+        if reason := by_name[impl].supports(request):
+            raise InputError(f"impl={impl!r} cannot compute this attention: {reason} ({request})")
+        logger.info("attention %s: %s, as asked for", request, impl)
+        return by_name[impl]
+    reasons: list[str] = []
+    for implementation in IMPLEMENTATIONS:
+        reason = implementation.supports(request)
+        if reason is None:
+            logger.info(
+                "attention %s: %s%s", request, implementation.name, "".join(f"; {r}" for r in reasons)
+            )
+            return implementation
+        reasons.append(f"not {implementation.name}: {reason}")
+    raise InputError(f"no implementation computes this attention ({request}): {'; '.join(reasons)}")

@@ -1,0 +1,70 @@
+"""What one call of `attention` asks for, and what an implementation must offer."""
+
+import dataclasses
+from typing import Protocol, TypeVar
+
+import jax
+from jax import Array
+
+from .biases import Bias
+from .masks import Mask, describe
+
+T = TypeVar("T", Mask, Bias | None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Everything about one call of `attention` but the numbers; hashable, known at trace time.
+
+    `mask` and `bias` hold shapes in the place of arrays, so an implementation sees their structure.
+    """
+
+    platform: str
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    dtype: str
+    mask: Mask
+    bias: Bias | None
+    soft_cap: bool
+
+    def __str__(self) -> str:
+        extras = [describe(self.mask)]
+        extras += [f"bias {describe(self.bias)}"] if self.bias is not None else []
+        extras += ["soft cap"] if self.soft_cap else []
+        shape = (
+            f"B={self.batch} T={self.queries} S={self.keys} H={self.heads} G={self.kv_heads} K={self.width}"
+        )
+        return f"{shape} {self.dtype} on {self.platform}, {', '.join(extras)}"
+
+
+class Implementation(Protocol):
+    """One way to compute attention."""
+
+    @property
+    def name(self) -> str:
+        """What `impl=` calls it."""
+
+    def supports(self, request: Request) -> str | None:
+        """None, or the reason why it cannot compute the request."""
+
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Mask,
+        bias: Bias | None,
+        scale: float,
+        soft_cap: float | None,
+    ) -> tuple[Array, Array]:
+        """Output `[B, T, H, K]` in the type of q and log-sum-exp `[B, H, T]`, both differentiable."""
+
+
+def abstract(tree: T) -> T:
+    """The same expression with shapes and types in the place of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x)), tree)

@@ -1,0 +1,37 @@
+"""A range of query or key indices: what a tile of the score matrix is cut from."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .trees import AnyArray
+
+
+class Span(NamedTuple):
+    """The `size` indices from `start` on; a tile has a static size and perhaps a traced start."""
+
+    start: int | Array
+    size: int
+
+    def indices(self) -> Array:
+        """The indices themselves, int32 `[size]`."""
+        return self.start + lax.iota(jnp.int32, self.size)
+
+    def cut(self, array: AnyArray, axis: int) -> Array:
+        """This range of `array` along `axis`; an axis of size 1 broadcasts and stays whole."""
+        if array.shape[axis] == 1:
+            return jnp.asarray(array)
+        if isinstance(self.start, int):
+            return lax.slice_in_dim(array, self.start, self.start + self.size, axis=axis)
+        return lax.dynamic_slice_in_dim(array, self.start, self.size, axis=axis)
+
+
+def relative(rows: Span, columns: Span) -> Array:
+    """Key index minus query index for each pair, int32 `[t, s]`."""
+    return columns.indices()[None, :] - rows.indices()[:, None]
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """At least float32: the type in which scores, sums and gradients are kept for inputs of `dtype`."""
+    return jnp.promote_types(dtype, jnp.float32)
