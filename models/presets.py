@@ -76,7 +76,7 @@ def ladder(layers: int, width: int) -> TransformerConfig:
 
 
 def quick() -> TransformerConfig:
-    """The quickstart's decoder: ReLU, so that its neurons can be exactly silent; small enough for a laptop."""
+    """The quickstart's decoder: ReLU, so neurons can be exactly silent; small enough for a laptop."""
     return TransformerConfig(
         layers=4,
         width=192,

@@ -1,0 +1,109 @@
+"""Losses as pure functions of `(trainable, frozen, batch, rng)`.
+
+Full tuning trains all parameters and freezes nothing; delta tuning has the backbone in `frozen`. A
+`Forward` hides which of the two it is; a loss is made of a forward and knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from ...models.losses import weighted_correct, weighted_cross_entropy
+from ...models.model import Model
+
+Batch = Mapping[str, jax.Array]
+Tree = Any
+
+# What a batch may hold for the model beside `tokens`.
+MODEL_INPUTS = ("segments", "positions", "decoder_tokens", "decoder_segments")
+
+
+class LossSums(NamedTuple):
+    """Sums over a batch: `total` loss, `weight` to divide by, and further sums by name."""
+
+    total: jax.Array
+    weight: jax.Array
+    metrics: Mapping[str, jax.Array]
+
+
+class Forward(Protocol):
+    """Logits from what is trained, what is frozen and the model's inputs."""
+
+    def __call__(
+        self,
+        trainable: Tree,
+        frozen: Tree,
+        tokens: jax.Array,
+        *,
+        rng: jax.Array | None,
+        train: bool,
+        **inputs: Any,
+    ) -> jax.Array:
+        """Outputs of the model."""
+
+
+class Loss(Protocol):
+    """Summed loss of a batch; without `rng` there is no dropout."""
+
+    def __call__(self, trainable: Tree, frozen: Tree, batch: Batch, rng: jax.Array | None) -> LossSums:
+        """Sums over the batch's rows."""
+
+
+def full_tuning(model: Model) -> Forward:
+    """All parameters are trained; `frozen` is empty."""
+
+    def forward(trainable: Tree, frozen: Tree, tokens: jax.Array, **inputs: Any) -> jax.Array:
+        return model.apply(trainable, tokens, **inputs)
+
+    return forward
+
+
+def delta_tuning(tuned: Any) -> Forward:
+    """Only a delta is trained.
+
+    `tuned` is what `research.delta.attach` returned; `trainable` is its `delta`, `frozen` has the
+    backbone as `params` and what the methods keep fixed as `delta_state`.
+    """
+
+    def forward(trainable: Tree, frozen: Tree, tokens: jax.Array, **inputs: Any) -> jax.Array:
+        variables = {"delta": trainable, "delta_state": frozen["delta_state"]}
+        return tuned.apply(variables, frozen["params"], tokens, **inputs)
+
+    return forward
+
+
+def language_modelling(forward: Forward, smoothing: float = 0.0) -> Loss:
+    """Cross entropy of `targets [B, T]` weighted by `weights [B, T]`; reports `accuracy` by token."""
+
+    def loss(trainable: Tree, frozen: Tree, batch: Batch, rng: jax.Array | None) -> LossSums:
+        logits = forward(
+            trainable, frozen, batch["tokens"], rng=rng, train=rng is not None, **inputs_of(batch)
+        )
+        return _sums(logits, batch["targets"], batch["weights"], smoothing)
+
+    return loss
+
+
+def classification(forward: Forward, smoothing: float = 0.0) -> Loss:
+    """Cross entropy of `label [B]` weighted by `weight [B]`; reports `accuracy` by row."""
+
+    def loss(trainable: Tree, frozen: Tree, batch: Batch, rng: jax.Array | None) -> LossSums:
+        logits = forward(
+            trainable, frozen, batch["tokens"], rng=rng, train=rng is not None, **inputs_of(batch)
+        )
+        return _sums(logits, batch["label"], batch["weight"], smoothing)
+
+    return loss
+
+
+def inputs_of(batch: Batch) -> dict[str, jax.Array]:
+    """What of a batch goes to the model by keyword."""
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+def _sums(logits: jax.Array, targets: jax.Array, weights: jax.Array, smoothing: float) -> LossSums:
+    total, weight = weighted_cross_entropy(logits, targets, weights, smoothing)
+    return LossSums(total, weight, {"accuracy": weighted_correct(logits, targets, weights)})
