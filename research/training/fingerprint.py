@@ -54,7 +54,10 @@ def combined(tree_or_fingerprints: Any) -> str:
 def leaf_paths(tree: Any) -> dict[str, Any]:
     """The leaves of `tree` by their path, the keys joined by `/`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    if len(leaves) != len(flat):
+        raise ValueError("two leaves have one path; a key of the tree must not hold '/'")
+    return leaves
 
 
 def _lanes(leaf: Any) -> jax.Array | np.ndarray:
