@@ -1,0 +1,237 @@
+"""`attach`: a model and a specification become a tuned model, whose only trained numbers are the delta's.
+
+tuned = attach(model, {"layers_{0-11}/attention/(query|value)": LoRA(rank=8), "classifier": Full()})
+variables = tuned.init(rng, params, tokens)            # {"delta": trained, "delta_state": not trained}
+logits = tuned.apply(variables, params, tokens)        # differentiable in the first argument
+merged = tuned.merge(params, variables)                # where every method allows it
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from ... import InputError
+from ...models.model import Model, as_linen, as_model
+from .addresses import Address, Hit, resolve, select
+from .folding import near_misses
+from .leaves import FunctionModel, apply_leaf, init_leaf
+from .methods import LeafMethod, Method, SiteMethod
+from .sites import apply_sites, find_calls, init_site, spread
+from .trees import Place, Tree, from_places, node_at, own_params, places, with_node
+
+Spec = Mapping[str, Method | Sequence[Method]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method at one address; its variables lie under `name`, which no other entry has."""
+
+    name: str
+    address: Address
+    method: Method
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model with deltas attached, as pure functions of the delta, the backbone and the inputs."""
+
+    model: Model
+    entries: tuple[Entry, ...]
+    exclude: tuple[Address, ...] = ()
+
+    def init(self, rng: jax.Array, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tree]:
+        """`{"delta": ..., "delta_state": ...}` for a model called as `apply(params, *args, **kwargs)`.
+
+        The model is traced for shapes only; with leaf methods alone it needs no `args`. Raises `InputError`
+        for an address that names nothing and for a method that does not fit its site.
+        """
+        _require_bare(params)
+        trained: dict[Place, Tree] = {}
+        state: dict[Place, Tree] = {}
+        leaves = _leaf_paths(params)
+        calls = {}
+        if self._sites:
+            model, at = as_linen(self.model), {method.at for method in self._sites.values()}
+            calls = find_calls(model, params, args, kwargs, at)
+        modules = sorted({path for by_path in calls.values() for path in by_path})
+        self._check_exclude([*modules, *leaves], params)
+        for entry in self.entries:
+            if isinstance(method := entry.method, SiteMethod):
+                found = calls[method.at]
+                for path, hit in self._select(entry, list(found), params).items():
+                    place = path, entry.name
+                    trained[place], state[place] = init_site(
+                        method, entry.name, rng, path, found[path], hit, params
+                    )
+            else:
+                for path, hit in self._select(entry, leaves, params).items():
+                    leaf = node_at(params, path)
+                    trained[path, entry.name] = init_leaf(method, rng, path, leaf, hit)
+        return {"delta": from_places(trained), "delta_state": from_places(state)}
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        params: Mapping[str, Any],
+        *args: Any,
+        rng: jax.Array | None = None,
+        train: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's outputs with the delta in place; `rng` feeds dropout where `train`.
+
+        Deltas are ordinary arguments: another task's variables of the same shapes recompile nothing.
+        Raises `InputError` if a delta's module or array is not there.
+        """
+        _require_bare(params)
+        drawing = [type(method).__name__ for method in self._sites.values() if method.random]
+        if train and rng is None and drawing:
+            raise InputError(f"{drawing[0]} has dropout: apply(..., train=True) needs rng=")
+        params = self._with_leaves(variables, params)
+        kwargs = {**kwargs, "rng": rng, "train": train}
+        expected = {place: entry for place, entry in self._places(variables) if entry.name in self._sites}
+        if not expected:
+            return self.model.apply(params, *args, **kwargs)
+        fixed = places(variables.get("delta_state", {}))
+        trained = places(variables["delta"])
+        for (path, name), entry in expected.items():
+            own = {**trained[path, name], **fixed.get((path, name), {})}
+            placed = spread(own, self._hit(entry, path, params), self._sites[name].neutral)
+            params = with_node(params, f"{path}/{name}".strip("/"), placed)
+        return apply_sites(self.model, params, self._sites, expected, args, kwargs)
+
+    def merge(self, params: Mapping[str, Any], variables: Mapping[str, Any]) -> Tree:
+        """Parameters of the plain model that compute what the tuned one does (without dropout).
+
+        Raises `InputError` that names the method which no weights can express, and where it is.
+        """
+        fixed = places(variables.get("delta_state", {}))
+        merged = self._with_leaves(variables, params)
+        for (path, name), entry in self._places(variables):
+            if isinstance(method := entry.method, SiteMethod):
+                hit = self._hit(entry, path, params)
+                own = {**places(variables["delta"])[path, name], **fixed.get((path, name), {})}
+                site = own_params(node_at(merged, path))
+                new = method.merge(spread(own, hit, method.neutral), site, path)
+                merged = {**merged, **new} if path == "" else with_node(merged, path, new)
+        return merged
+
+    def hits(self, variables: Mapping[str, Any], params: Mapping[str, Any]) -> dict[tuple[str, Entry], Hit]:
+        """Where a delta's variables act, and in which layers of a stack."""
+        return {(path, entry): self._hit(entry, path, params) for (path, _), entry in self._places(variables)}
+
+    @cached_property
+    def _sites(self) -> dict[str, SiteMethod]:
+        return {entry.name: entry.method for entry in self.entries if isinstance(entry.method, SiteMethod)}
+
+    def _places(self, variables: Mapping[str, Any]) -> Iterator[tuple[Place, Entry]]:
+        """The places in a delta tree with their entries, in the order of the entries."""
+        found = places(variables["delta"])
+        names = {entry.name for entry in self.entries}
+        if unknown := sorted({name for _, name in found} - names):
+            raise InputError(
+                f"the delta has {unknown[0]!r}; this specification has {', '.join(sorted(names))}"
+            )
+        for entry in self.entries:
+            yield from ((place, entry) for place in found if place[1] == entry.name)
+
+    def _with_leaves(self, variables: Mapping[str, Any], params: Mapping[str, Any]) -> Tree:
+        found, changed = places(variables["delta"]), dict(params)
+        for (path, name), entry in self._places(variables):
+            if isinstance(entry.method, LeafMethod):
+                hit = self._hit(entry, path, params)
+                changed = apply_leaf(entry.method, found[path, name], changed, path, hit)
+        return changed
+
+    def _hit(self, entry: Entry, path: str, params: Mapping[str, Any]) -> Hit:
+        above = isinstance(entry.method, LeafMethod)
+        hit = resolve(entry.address, path, params, exclude=self.exclude, above=above)
+        if hit is None:
+            raise InputError(
+                f"{path}: the delta has variables here, but {entry.address.text!r} does not name it"
+            )
+        return hit
+
+    def _select(self, entry: Entry, paths: Sequence[str], params: Mapping[str, Any]) -> dict[str, Hit]:
+        method, address = entry.method, entry.address
+        if isinstance(method, SiteMethod):
+            return select(address, paths, params, exclude=self.exclude)
+        named = select(address, paths, params, exclude=self.exclude, above=True, what="array")
+        found = {path: hit for path, hit in named.items() if method.accepts(path)}
+        if not found:
+            raise InputError(
+                f"{type(method).__name__} at {address.text!r}: none of the {len(named)} arrays there fits it, "
+                f"such as {next(iter(named))}"
+            )
+        return found
+
+    def _check_exclude(self, paths: Sequence[str], params: Mapping[str, Any]) -> None:
+        for address in self.exclude:
+            if not any(address.hit_above(path, params) for path in paths):
+                raise InputError(
+                    f"exclude address {address.text!r} names nothing{near_misses(address.text, paths)}"
+                )
+
+
+def attach(model: Model | nn.Module, spec: Spec | Method, *, exclude: Iterable[str] = ()) -> Tuned:
+    """`model` with the methods of `spec` (address -> method, or several in order) to be attached to it.
+
+    A method alone goes to its default positions. Methods at one place act in the order of the specification.
+    `exclude` holds addresses to leave out, with everything below them. Site methods need a Linen model,
+    leaf methods any. Raises `InputError` for a malformed specification.
+    """
+    return Tuned(as_model(model), _entries(spec), _excluded(exclude))
+
+
+def attach_leaves(function: Callable[..., Any], spec: Spec | Method, *, exclude: Iterable[str] = ()) -> Tuned:
+    """Leaf methods attached to any function `f(params, *args, **kwargs)` of a nested dictionary of arrays."""
+    entries = _entries(spec)
+    for entry in entries:
+        if not isinstance(entry.method, LeafMethod):
+            name = type(entry.method).__name__
+            raise InputError(
+                f"{name} acts at modules, and a function has none; use attach() on a Linen model"
+            )
+    return Tuned(FunctionModel(function), entries, _excluded(exclude))
+
+
+def _entries(spec: Spec | Method) -> tuple[Entry, ...]:
+    if isinstance(spec, Method):
+        spec = dict.fromkeys(spec.positions, spec)
+    if not isinstance(spec, Mapping) or not spec:
+        raise InputError(
+            "a delta specification maps addresses to methods, {'attention/query': LoRA()}; this is empty"
+        )
+    counts: Counter[str] = Counter()
+    entries = []
+    for text, methods in spec.items():
+        for method in [methods] if isinstance(methods, Method) else methods:
+            if not isinstance(method, Method):
+                raise InputError(f"delta at {text!r}: {method!r} is no delta method such as LoRA(rank=8)")
+            number = counts[method.name]
+            counts[method.name] += 1
+            entries.append(
+                Entry(f"~{method.name}_{number}" if number else f"~{method.name}", Address(text), method)
+            )
+    return tuple(entries)
+
+
+def _excluded(exclude: Iterable[str]) -> tuple[Address, ...]:
+    return tuple(Address(text) for text in ([exclude] if isinstance(exclude, str) else exclude))
+
+
+def _leaf_paths(params: Mapping[str, Any]) -> list[str]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+
+
+def _require_bare(params: Mapping[str, Any]) -> None:
+    if set(params) == {"params"}:
+        raise InputError("params is wrapped as {'params': ...}; pass the tree inside")

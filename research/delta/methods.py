@@ -1,0 +1,106 @@
+"""What a delta method is: `init`, `apply` and, where the weights can absorb it, `merge`.
+
+A site method acts at a module's call, a leaf method on an array of the parameter tree. Methods are frozen
+dataclasses whose fields are numbers and strings, so that a stored delta can name them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+
+from ... import InputError
+
+Variables = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that a delta acts at, as its method sees it.
+
+    `module` is there for its attributes, `params` are its own parameters (one layer's, inside a scan),
+    `rng` is set where the call trains and was given one.
+    """
+
+    path: str
+    module: nn.Module
+    params: Variables
+    rng: jax.Array | None = None
+    train: bool = False
+
+
+class SiteMethod(ABC):
+    """A delta at a module's boundary: it sees the call's arguments and its outputs.
+
+    `neutral` is a value for its variables that changes nothing: layers of a scan outside the address get it.
+    """
+
+    name: ClassVar[str]
+    positions: ClassVar[tuple[str, ...]]
+    at: ClassVar[str] = "__call__"
+    neutral: ClassVar[float] = 0.0
+
+    @property
+    def random(self) -> bool:
+        """Whether training needs a random key."""
+        return False
+
+    @abstractmethod
+    def init(self, rng: jax.Array, site: Site, args: tuple, output: Any) -> Variables:
+        """Trained variables of one layer; `args` and `output` of the site's call are shapes and dtypes."""
+
+    def state(self, rng: jax.Array, site: Site, args: tuple, output: Any) -> Variables:
+        """Variables that are kept but not trained."""
+        return {}
+
+    @abstractmethod
+    def apply(
+        self, variables: Variables, site: Site, call: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> Any:
+        """The site's new output; `call(*args, **kwargs)` is the site as it was.
+
+        `variables` holds the trained ones and the state.
+        """
+
+    def merge(self, variables: Variables, params: Variables, path: str) -> Variables:
+        """The site's parameters with the delta absorbed; stacked layers come with their leading axes."""
+        raise InputError(
+            f"{path}: {type(self).__name__} cannot be merged into the weights; "
+            f"it is no linear map of its site's input"
+        )
+
+
+class LeafMethod(ABC):
+    """A delta on an array of the parameter tree: a re-parameterisation, so always mergeable.
+
+    `replaces` says that nothing of the backbone's array remains.
+    """
+
+    name: ClassVar[str]
+    positions: ClassVar[tuple[str, ...]]
+    replaces: ClassVar[bool] = False
+
+    def accepts(self, path: str) -> bool:
+        """Whether the method acts on the leaf at `path`, among those that its address names."""
+        return True
+
+    @abstractmethod
+    def init(self, rng: jax.Array, leaf: jax.Array) -> Variables:
+        """Trained variables for `leaf`; rows of a stack come as one array."""
+
+    @abstractmethod
+    def apply(self, variables: Variables, leaf: jax.Array) -> jax.Array:
+        """The array that the model is given in place of `leaf`, of the same shape and dtype."""
+
+
+Method = SiteMethod | LeafMethod
+
+
+def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """What a module was called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))

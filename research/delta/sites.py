@@ -1,0 +1,241 @@
+"""Deltas at module calls, by `flax.linen.intercept_methods`: no model code changes.
+
+A delta's variables are merged into the `params` collection under `~name` in its site's scope, so that
+scan and vmap slice them per layer as they slice the site's own parameters. What this relies on, each with
+a test: the interceptor is entered inside the traced function (one entered outside is ignored by a program
+that is compiled already, or leaks into the next); methods are functions and never Flax modules (a module
+that called the site would adopt it as its child); a subclass whose `__call__` calls its parent's is one
+site, not two; nothing per layer is closed over.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from ... import InputError
+from ...models.model import LinenModel
+from .addresses import Hit, stack
+from .methods import Site, SiteMethod, Variables
+from .trees import Place, node_at, own_params
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module's first call in a pass over shapes.
+
+    `lead` are the axes that scan and vmap put in front of the module's parameters, `stack` is the path of
+    the outermost module that has any.
+    """
+
+    module: nn.Module
+    args: tuple
+    output: Any
+    lead: tuple[int, ...]
+    stack: str | None
+
+
+def find_calls(
+    model: LinenModel, params: Variables, args: tuple, kwargs: dict, at: set[str]
+) -> dict[str, dict[str, Call]]:
+    """The calls that `model.apply(params, *args, **kwargs)` makes, by method (those in `at`) and module path.
+
+    Only shapes are computed.
+    """
+    leads: dict[str, tuple[int, ...]] = {}
+    calls: dict[str, dict[str, Call]] = {name: {} for name in at}
+
+    def record(module: nn.Module, name: str, call: Callable, call_args: tuple, call_kwargs: dict) -> Any:
+        path = path_of(module)
+        leads.setdefault(path, _lead(module, params, leads))
+        output = call(*call_args, **call_kwargs)
+        if name in at and path not in calls[name]:
+            seen = _shapes((call_args or tuple(call_kwargs.values()), output))
+            stack_path = next((each for each in _above(path) if leads.get(each)), None)
+            calls[name][path] = Call(module, *seen, leads[path], stack_path)
+        return output
+
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
+
+    def run(params: Variables, arrays: dict[int, Any]) -> Any:
+        # Flags and names stay what they are: a tracer in their place would break the model's own `if`s.
+        filled = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        run_args, run_kwargs = jax.tree.unflatten(structure, filled)
+        with nn.intercept_methods(_once_per_call(record, {"__call__", *at})):
+            return model.apply(params, *run_args, **run_kwargs)
+
+    jax.eval_shape(run, params, arrays)
+    return calls
+
+
+def init_site(
+    method: SiteMethod, name: str, rng: jax.Array, path: str, call: Call, hit: Hit, params: Variables
+) -> tuple[Variables, Variables]:
+    """Trained and untrained variables at one site, for the layers that `hit` names.
+
+    A layer's numbers depend on `rng` and on the layer, and not on whether layers are scanned.
+    """
+    own = own_params(node_at(params, path))
+
+    def one(key: jax.Array, layer: Variables) -> tuple[Variables, Variables]:
+        site, (first, second) = Site(path, call.module, layer), jax.random.split(key)
+        inputs = call.args, call.output
+        return method.init(first, site, *inputs), method.state(second, site, *inputs)
+
+    if not call.lead:
+        if hit.rows is not None:
+            raise InputError(f"{path}: the address has a layer range, but no layers are stacked here")
+        return one(_key(rng, f"{path}/{name}"), own)
+    rows = np.arange(call.lead[0]) if hit.rows is None else np.asarray(hit.rows)
+    keys = jnp.stack([_key(rng, f"{each}/{name}") for each in _layer_paths(path, call, rows, params)])
+
+    def rest(key: jax.Array, layer: Variables, sizes: tuple[int, ...]) -> tuple[Variables, Variables]:
+        if not sizes:
+            return one(key, layer)
+        return jax.vmap(partial(rest, sizes=sizes[1:]))(jax.random.split(key, sizes[0]), layer)
+
+    def program(keys: jax.Array, own: Variables) -> tuple[Variables, Variables]:
+        chosen = jax.tree.map(lambda leaf: leaf[rows], own)
+        return jax.vmap(partial(rest, sizes=call.lead[1:]))(keys, chosen)
+
+    # Compiled as one program, so that parameters which the method does not look at are never copied.
+    return jax.jit(program)(keys, own)
+
+
+def apply_sites(
+    model: Any,
+    params: Mapping[str, Any],
+    methods: Mapping[str, SiteMethod],
+    expected: Iterable[Place],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """`model.apply(params, *args, **kwargs)` with the deltas in `params` under the names of `methods`.
+
+    Raises `InputError` if one of the `expected` places is never called: its delta would be ignored.
+    """
+    calls: Counter[Place] = Counter()
+    rng, train = kwargs.get("rng"), kwargs.get("train", False)
+
+    def adapt(module: nn.Module, at: str, call: Callable, call_args: tuple, call_kwargs: dict) -> Any:
+        scope, path = module.scope, path_of(module)
+        assert scope is not None
+        for name, method in methods.items():
+            if method.at == at and scope.has_variable("params", name):
+                calls[path, name] += 1
+                key = jax.random.fold_in(rng, calls[path, name]) if train and method.random else None
+                site = Site(path, module, own_params(scope.variables().get("params")), key, train)
+                call = partial(_adapted, method, scope.get_variable("params", name), site, call)
+        return call(*call_args, **call_kwargs)
+
+    with nn.intercept_methods(_once_per_call(adapt, {method.at for method in methods.values()})):
+        outputs = model.apply(params, *args, **kwargs)
+    if unused := [path for path, name in expected if (path, name) not in calls]:
+        raise InputError(f"{unused[0]}: the model did not call this module, so its delta would be ignored")
+    return outputs
+
+
+def spread(variables: Variables, hit: Hit, neutral: float) -> Variables:
+    """Variables of some rows as variables of all `hit.total`; the other layers get what changes nothing."""
+    if hit.rows is None:
+        return variables
+    rows = np.asarray(hit.rows)
+
+    def fill(leaf: jax.Array) -> jax.Array:
+        return jnp.full((hit.total, *leaf.shape[1:]), neutral, leaf.dtype).at[rows].set(leaf)
+
+    return jax.tree.map(fill, variables)
+
+
+def path_of(module: nn.Module) -> str:
+    """The `/` path of a module in a running model; empty for the root."""
+    return "/".join(module.scope.path) if module.scope is not None else ""
+
+
+def _adapted(
+    method: SiteMethod, variables: Variables, site: Site, call: Callable, *args: Any, **kwargs: Any
+) -> Any:
+    return method.apply(variables, site, call, args, kwargs)
+
+
+def _once_per_call(act: Callable, at: set[str]) -> Callable:
+    """An interceptor for the methods in `at`; `super().__call__` inside one is part of the same call."""
+    active: set[tuple] = set()
+
+    def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module, name = context.module, context.method_name
+        key = (module.scope.path, name) if module.scope is not None else None
+        if key is None or name not in at or key in active:
+            return call(*args, **kwargs)
+        active.add(key)
+        try:
+            return act(module, name, call, args, kwargs)
+        finally:
+            active.discard(key)
+
+    return intercept
+
+
+def _shapes(tree: Any) -> Any:
+    """Arrays as shapes and dtypes, so that no tracer outlives its trace."""
+
+    def shape(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "aval") else leaf
+
+    return jax.tree.map(shape, tree)
+
+
+def _lead(module: nn.Module, params: Variables, leads: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The axes that lifted transformations took off the parameters which `module` sees.
+
+    Read from the scope that the innermost transformation opened: it holds parameters even where the
+    module itself, a hook, has none.
+    """
+    assert module.scope is not None
+    opened = module.scope.root
+    path = "/".join(opened.path)
+    inner, whole = (
+        flatten_dict(dict(tree))
+        for tree in (opened.variables().get("params", {}), node_at(params, path) or {})
+    )
+    shared = [keys for keys in inner if keys in whole]
+    if not shared:
+        return next((leads[each] for each in reversed(_above(path)) if each in leads), ())
+    seen, full = inner[shared[0]].shape, whole[shared[0]].shape
+    count = len(full) - len(seen)
+    if full[count:] != seen:
+        raise InputError(
+            f"{path}: layers are stacked as {full} from {seen}; only a leading axis is supported"
+        )
+    return full[:count]
+
+
+def _above(path: str) -> list[str]:
+    """The paths from the root to `path`."""
+    parts = path.split("/") if path else []
+    return ["/".join(parts[:length]) for length in range(len(parts) + 1)]
+
+
+def _layer_paths(path: str, call: Call, rows: np.ndarray, params: Variables) -> list[str]:
+    """What `path` would be called in each of these rows, were the layers not stacked."""
+    assert call.stack is not None
+    period, rest = stack(params, call.stack)[1], path[len(call.stack) :]
+    slot = re.match(r"/layer_(\d+)(?=/|$)", rest) if period > 1 else None
+    tail = rest[slot.end() :] if slot else rest
+    return [f"{call.stack}_{row * period + int(slot[1] if slot else 0)}{tail}" for row in rows]
+
+
+def _key(rng: jax.Array, path: str) -> jax.Array:
+    return jax.random.fold_in(rng, zlib.crc32(path.encode()))
