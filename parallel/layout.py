@@ -28,7 +28,7 @@ class Layout:
 
     The methods take abstract trees (`jax.eval_shape`: anything with `shape` and `dtype`) and the model's
     axis table, and return trees of NamedSharding of the same structure, for `jax.jit`, `jax.device_put` and
-    restoring.
+    restoring. A model without a table (None) trains over data and fsdp, which need no names.
 
     zero       0 to 3, see `modicum.parallel.zero`
     replicate  patterns of arrays copied whole to every device, where their sizes divide over nothing
@@ -50,19 +50,19 @@ class Layout:
         """Everything on the first device: a run without parallelism."""
         return cls(make_mesh(MeshShape(), jax.local_devices()[:1]))
 
-    def parameters(self, abstract: Any, table: AxisTable) -> Any:
+    def parameters(self, abstract: Any, table: AxisTable | None) -> Any:
         """Shardings of parameters, trained or frozen."""
-        return parameter_shardings(abstract, axis_names(abstract, table), self._placement)
+        return parameter_shardings(abstract, self._names(abstract, table), self._placement)
 
-    def gradients(self, abstract: Any, table: AxisTable) -> Any:
+    def gradients(self, abstract: Any, table: AxisTable | None) -> Any:
         """Shardings of the gradients of these parameters, for a constraint inside the step."""
-        return gradient_shardings(abstract, axis_names(abstract, table), self._placement)
+        return gradient_shardings(abstract, self._names(abstract, table), self._placement)
 
-    def optimizer(self, abstract_state: Any, abstract: Any, table: AxisTable) -> Any:
+    def optimizer(self, abstract_state: Any, abstract: Any, table: AxisTable | None) -> Any:
         """Shardings of the state of an optimizer (or an average) of these parameters."""
-        return optimizer_shardings(abstract_state, abstract, axis_names(abstract, table), self._placement)
+        return optimizer_shardings(abstract_state, abstract, self._names(abstract, table), self._placement)
 
-    def state(self, abstract_state: Any, table: AxisTable, parameters: str = "trainable") -> Any:
+    def state(self, abstract_state: Any, table: AxisTable | None, parameters: str = "trainable") -> Any:
         """Shardings of a whole train state, a NamedTuple, dataclass or dict.
 
         Its field `parameters` lies as parameters; whatever else has copies of the parameter tree (moments,
@@ -89,6 +89,17 @@ class Layout:
     def replicated(self) -> NamedSharding:
         """The sharding of an array that every device holds whole."""
         return replicated(self.mesh)
+
+    def _names(self, abstract: Any, table: AxisTable | None) -> Any:
+        if table is not None:
+            return axis_names(abstract, table)
+        split = [axis for axis in ("tensor", "expert") if self.mesh.shape[axis] > 1]
+        if split:
+            raise InputError(
+                f"mesh axis {split[0]}={self.mesh.shape[split[0]]}: the model has no axis table to split by; "
+                f"give one, or use data and fsdp"
+            )
+        return jax.tree.map(lambda leaf: (None,) * len(leaf.shape), abstract)
 
     @property
     def _placement(self) -> Placement:

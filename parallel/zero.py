@@ -121,7 +121,7 @@ def _leaf_spec(
     if wider is None:
         split = " and ".join(f"{axis}={place.mesh.shape[axis]}" for axis in axes)
         raise InputError(
-            f"{path}: no dimension of shape {shape} (already split as {spec}) divides over {split}; "
+            f"{path}: no dimension of shape {shape} (already split as {tuple(spec)}) divides over {split}; "
             f"pad one, change the mesh, lower the ZeRO level, or list the array in `replicate`"
         )
     return wider
