@@ -38,8 +38,9 @@ class Scaling:
 
     def init(self) -> LossScale:
         """The state before the first step."""
-        zero = jnp.zeros((), jnp.int32)
-        return LossScale(jnp.asarray(self.initial, jnp.float32), zero, zero)
+        # Three arrays: a train step that donates its state may not be given one buffer twice.
+        good, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return LossScale(jnp.asarray(self.initial, jnp.float32), good, skipped)
 
     def update(self, scale: LossScale, finite: jax.Array) -> LossScale:
         """The state after a step whose gradients were `finite` or not."""

@@ -1,0 +1,73 @@
+"""Reasons to stop before the last step: a signal, numbers that are not finite, no more progress."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from ... import InputError
+from .config import TrainingConfig
+
+
+class NonFiniteLoss(InputError):
+    """The loss or a gradient became infinite or not a number."""
+
+
+class Interruption:
+    """Set by SIGTERM or SIGINT: finish the step, save, and go."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[Interruption]:
+    """Turn the first SIGTERM or SIGINT into a flag; a second one acts as usual.
+
+    Outside the main thread, where Python allows no handlers, the flag stays unset.
+    """
+    flag = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        flag.signal = signal.Signals(number).name
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def require_finite(step: int, metrics: Mapping[str, Any], skips: bool) -> None:
+    """Raise `NonFiniteLoss` naming the step, unless this step's update was skipped by loss scaling."""
+    if bool(metrics["finite"]) or skips:
+        return
+    what = "gradient" if math.isfinite(float(metrics["loss"])) else "loss"
+    raise NonFiniteLoss(
+        f"step {step}: the {what} is not finite (loss {float(metrics['loss'])}); the checkpoints before it "
+        f"are kept: lower the learning rate, lengthen the warmup or clip gradients"
+    )
+
+
+def out_of_patience(evaluations: Sequence[Mapping[str, float]], config: TrainingConfig) -> bool:
+    """Whether the last `patience` evaluations all failed to beat the best before them."""
+    if not config.patience or len(evaluations) <= config.patience:
+        return False
+    sign = -1 if config.best_mode == "max" else 1
+    values = [sign * evaluation[config.best_name] for evaluation in evaluations]
+    return min(values[-config.patience :]) >= min(values[: -config.patience])
