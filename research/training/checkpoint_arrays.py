@@ -6,8 +6,13 @@ What orbax cannot store is handled here: typed random keys are stored as their w
 without elements not at all.
 """
 
+import contextlib
+import gc
+import logging
 import math
-from collections.abc import Callable, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +58,35 @@ def _try_reading(folder: Path, targets: Mapping[str, Any]) -> tuple[dict[str, An
         restore_args=nested({path: _restore_args(leaf) for path, leaf in targets.items()}, _stored_name),
         partial_restore=True,
     )
-    try:
-        tree = ocp.PyTreeCheckpointHandler().restore(epath.Path(folder), args=request)
-        found = {path: _at(tree, path) for path in targets}
-        jax.block_until_ready(found)
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return {}, f"its arrays cannot be read ({type(error).__name__}: {lines[0][:200]})"
+    with _without_orphans():
+        try:
+            tree = ocp.PyTreeCheckpointHandler().restore(epath.Path(folder), args=request)
+            found = {path: _at(tree, path) for path in targets}
+            jax.block_until_ready(found)
+        except Exception as error:
+            gc.collect()  # the coroutines complain when they are collected,
+            time.sleep(0.05)  # or when a read of theirs ends after the event loop
+            first = (str(error).strip().splitlines() or ["no reason given"])[0]
+            return {}, f"its arrays cannot be read ({first.split('. See full')[0][:200]})"
     wrong = [path for path, leaf in found.items() if not _same_kind(leaf, targets[path])]
     return found, f"{wrong[0]} has another shape or type on disk" if wrong else None
 
 
 def _same_kind(array: Any, target: Any) -> bool:
-    return array.shape == target.shape and array.dtype == target.dtype
+    is_concrete = isinstance(array, jax.Array | np.ndarray)  # not the target itself, handed back
+    return is_concrete and array.shape == target.shape and array.dtype == target.dtype
+
+
+@contextlib.contextmanager
+def _without_orphans() -> Iterator[None]:
+    """Silence the coroutines that orbax abandons when one of them fails: the first failure is reported."""
+    hook, events = sys.unraisablehook, logging.getLogger("asyncio")
+    was_disabled = events.disabled
+    sys.unraisablehook, events.disabled = lambda _: None, True
+    try:
+        yield
+    finally:
+        sys.unraisablehook, events.disabled = hook, was_disabled
 
 
 def _data_target(leaf: Any) -> Any:
