@@ -167,7 +167,7 @@ class Tuned:
         found = {path: hit for path, hit in named.items() if method.accepts(path)}
         if not found:
             raise InputError(
-                f"{type(method).__name__} at {address.text!r}: none of the {len(named)} arrays there fits it, "
+                f"{type(method).__name__} at {address.text!r}: none of the {len(named)} arrays there fits, "
                 f"such as {next(iter(named))}"
             )
         return found

@@ -39,6 +39,7 @@ def near_misses(address: str, paths: Iterable[str], count: int = 3) -> str:
     """The folded paths most like `address`, as the end of an error message."""
     folded = [path for path in fold(paths) if path]
     wanted = address.removeprefix("re:")
+    wanted = wanted if "/" in wanted else wanted.replace(".", "/")  # PyTorch's separator
     depth = wanted.count("/") + 1
     ends = list(dict.fromkeys("/".join(path.split("/")[-depth:]) for path in folded))
     # Numbers say little about a name: compare without them, show with them.

@@ -37,7 +37,8 @@ class Site:
 class SiteMethod(ABC):
     """A delta at a module's boundary: it sees the call's arguments and its outputs.
 
-    `neutral` is a value for its variables that changes nothing: layers of a scan outside the address get it.
+    `neutral` is a value for all its variables, state included, that changes nothing: layers of a scan
+    outside the address get it.
     """
 
     name: ClassVar[str]

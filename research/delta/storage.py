@@ -134,18 +134,11 @@ def backbone_hash(tuned: Tuned, variables: Mapping[str, Any], params: Mapping[st
     # Imported here: training needs optax and orbax, which delta tuning itself does without.
     from ..training.fingerprint import combined
 
-    flat = flatten_dict(dict(params), sep="/")
-    return combined(
-        {path: leaf for path, leaf in flat.items() if path not in _replaced(tuned, variables, params)}
-    )
-
-
-def _replaced(tuned: Tuned, variables: Mapping[str, Any], params: Mapping[str, Any]) -> set[str]:
-    return {
-        path
-        for (path, entry), hit in tuned.hits(variables, params).items()
-        if isinstance(entry.method, LeafMethod) and entry.method.replaces and hit.rows is None
-    }
+    flat, hits = flatten_dict(dict(params), sep="/"), tuned.hits(variables, params)
+    for (path, entry), hit in hits.items():
+        if isinstance(entry.method, LeafMethod) and entry.method.replaces and hit.rows is None:
+            flat.pop(path, None)
+    return combined(flat)
 
 
 def _entry_to_json(entry: Entry) -> dict[str, Any]:
