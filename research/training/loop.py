@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ... import InputError
 from ...models.axes import AxisTable
 from ...parallel.layout import Layout
 from ..study.records import MetricsLog
@@ -43,8 +44,8 @@ Report = Callable[[int, Mapping[str, float]], None]
 class Job:
     """What is trained, on what.
 
-    `init(rng, frozen)` makes the trained tree; it runs jitted, so nothing is ever on one device that is
-    meant for many. `batches(step)` is the global batch of a step, as numpy arrays `[B, ...]`. `axes`
+    `init(rng, given)` makes the trained tree from the arrays `given` (the frozen ones unless set); it
+    runs jitted, so nothing is ever on one device that is meant for many. `batches(step)` is the global batch of a step, as numpy arrays `[B, ...]`. `axes`
     names the axes of the trained tree; `evaluate(trainable, frozen)` returns means by name. Losses weigh
     by `unit`s, whose rate is reported; `flops_per_unit` is for MFU.
     """
@@ -53,10 +54,16 @@ class Job:
     init: Callable[[jax.Array, Tree], Tree]
     batches: Callable[[int], Mapping[str, np.ndarray]]
     frozen: Tree = field(default_factory=dict)
+    given: Tree | None = None
     axes: AxisTable | None = None
     evaluate: Callable[[Tree, Tree], Evaluation] | None = None
     unit: str = "tokens"
     flops_per_unit: float | None = None
+
+    @property
+    def start(self) -> Tree:
+        """What `init` is given."""
+        return self.frozen if self.given is None else self.given
 
 
 class Outcome(NamedTuple):
@@ -90,6 +97,8 @@ def train(
     """
     layout = layout or Layout.single()
     scaling = scaling_for(config.precision)
+    if config.evaluate_every and job.evaluate is None:
+        raise InputError(f"evaluate_every={config.evaluate_every}, but the job has nothing to evaluate with")
     program = build_program(job, config, layout, scaling)
 
     with ExitStack() as stack:
@@ -113,7 +122,7 @@ def train(
             evaluated = _due(step, config.evaluate_every, last) and job.evaluate is not None
             if evaluated:
                 recorder.flush()
-                evaluations.append(_evaluate(job, state, step, recorder))
+                evaluations.append(_evaluate(job, config, state, step, recorder))
             patience_over = evaluated and out_of_patience(evaluations, config)
             ending = last or bool(stop) or patience_over
             if checkpoints and (evaluated or ending or _due(step, config.checkpoint_every, last)):
@@ -123,7 +132,7 @@ def train(
             if patience_over and not last:
                 return Outcome(state, evaluations, _impatience(config))
             if stop and not last:
-                logger.warning("%s: saved after step %d, stopping", stop.signal, step)
+                logger.warning("%s: stopping after step %d%s", stop.signal, step, ", saved" if run else "")
                 return Outcome(state, evaluations, stop.signal)
     return Outcome(state, evaluations, None)
 
@@ -132,11 +141,11 @@ def build_program(job: Job, config: TrainingConfig, layout: Layout, scaling: Sca
     """Jit the functions that make and change the state, with shardings in and out."""
     optimizer = make_optimizer(config.optimizer, config.steps)
 
-    def create(rng: jax.Array, frozen: Tree) -> TrainState:
-        trainable = job.init(rng, frozen)
+    def create(rng: jax.Array, given: Tree) -> TrainState:
+        trainable = job.init(rng, given)
         return create_state(trainable, optimizer, seed=config.seed, scaling=scaling, averaged=config.ema > 0)
 
-    shapes = jax.eval_shape(create, jax.random.key(config.seed), job.frozen)
+    shapes = jax.eval_shape(create, jax.random.key(config.seed), job.start)
     shardings = layout.state(shapes, job.axes)
     gradients = layout.gradients(shapes.trainable, job.axes) if layout.zero >= 2 else None
     step = make_train_step(
@@ -211,14 +220,19 @@ def _start(
     """The state to go on from: the newest good checkpoint, or a fresh one."""
     restored = checkpoints.restore(program.abstract) if checkpoints else None
     if restored is None:
-        return program.create(jax.random.key(config.seed), job.frozen), []
+        return program.create(jax.random.key(config.seed), job.start), []
     logger.info("resumed from the checkpoint after step %d", restored.step)
     return restored.state, list(restored.metadata["evaluations"])
 
 
-def _evaluate(job: Job, state: TrainState, step: int, recorder: Recorder) -> Evaluation:
+def _evaluate(
+    job: Job, config: TrainingConfig, state: TrainState, step: int, recorder: Recorder
+) -> Evaluation:
     assert job.evaluate is not None
     means = job.evaluate(state.evaluated, job.frozen)
+    if config.best_name not in means:
+        names = ", ".join(sorted(means))
+        raise InputError(f"best_metric={config.best_metric!r} is not measured; the evaluation has {names}")
     recorder.evaluated(step, means)
     return {"step": step, **means}
 
