@@ -26,11 +26,12 @@ from ..study.runs import Run
 from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .loss_scale import Scaling, scaling_for
+from .memory import CompiledMemory, compiled_memory
 from .metrics import Throughput
 from .objectives import Loss
 from .optimizers import make_optimizer
 from .state import TrainState, create_state
-from .step import TrainStep, make_train_step
+from .step import make_train_step
 from .stopping import interruption, out_of_patience, require_finite
 
 logger = logging.getLogger(__name__)
@@ -45,9 +46,10 @@ class Job:
     """What is trained, on what.
 
     `init(rng, given)` makes the trained tree from the arrays `given` (the frozen ones unless set); it
-    runs jitted, so nothing is ever on one device that is meant for many. `batches(step)` is the global batch of a step, as numpy arrays `[B, ...]`. `axes`
-    names the axes of the trained tree; `evaluate(trainable, frozen)` returns means by name. Losses weigh
-    by `unit`s, whose rate is reported; `flops_per_unit` is for MFU.
+    runs jitted, so nothing is ever on one device that is meant for many. `batches(step)` is this process's
+    part of the batch of a step, as numpy arrays `[B, ...]`. `axes` names the axes of the trained tree;
+    `evaluate(trainable, frozen)` returns means by name. Losses weigh by `unit`s, whose rate is reported;
+    `flops_per_unit` is for MFU.
     """
 
     loss: Loss
@@ -67,19 +69,27 @@ class Job:
 
 
 class Outcome(NamedTuple):
-    """The state at the end, all evaluations (each with its `step`), and why it ended early, if it did."""
+    """How a run ended.
+
+    The `state` after the last step, the `best` state by the configuration's metric (the last where
+    nothing was stored on the way), all `evaluations` with their `step`, why it `stopped` early (None: it
+    did not), and the `memory` that XLA says the step needs.
+    """
 
     state: TrainState
+    best: TrainState
     evaluations: list[Evaluation]
     stopped: str | None
+    memory: CompiledMemory
 
 
 class Program(NamedTuple):
-    """The compiled functions of a run and where their arrays lie."""
+    """The functions of a run, compiled for where their arrays lie, and the frozen arrays placed there."""
 
     create: Callable[[jax.Array, Tree], TrainState]
-    step: TrainStep
+    step: jax.stages.Compiled
     abstract: Tree
+    frozen: Tree
 
 
 def train(
@@ -95,50 +105,51 @@ def train(
     Without `run` nothing is written. `report(step, metrics)` is called for every step in order, some
     steps late. Raises `NonFiniteLoss` with the step, the last good checkpoint kept.
     """
-    layout = layout or Layout.single()
-    scaling = scaling_for(config.precision)
     if config.evaluate_every and job.evaluate is None:
         raise InputError(f"evaluate_every={config.evaluate_every}, but the job has nothing to evaluate with")
+    layout = layout or Layout.single()
+    scaling = scaling_for(config.precision)
     program = build_program(job, config, layout, scaling)
+    memory = compiled_memory(program.step)
 
     with ExitStack() as stack:
         checkpoints = stack.enter_context(_checkpoints(config, run)) if run else None
         state, evaluations = _start(program, job, config, checkpoints)
         start = int(state.step)
-        if out_of_patience(evaluations, config):
-            return Outcome(state, evaluations, _impatience(config))
+        stopped = _impatience(evaluations, config)
         log = stack.enter_context(run.metrics(start)) if run else MetricsLog(None)
         stop = stack.enter_context(interruption())
         throughput = Throughput(job.unit, job.flops_per_unit, list(layout.mesh.devices.flat))
         recorder = Recorder(log, report, throughput, scaling)
 
         for step in range(start + 1, config.steps + 1):
-            state, metrics = program.step(state, job.frozen, layout.place(job.batches(step - 1)))
+            if stopped:
+                break
+            state, metrics = program.step(state, program.frozen, layout.place(job.batches(step - 1)))
             recorder.add(step, metrics)
 
             last = step == config.steps
-            if step % config.log_every == 0 or step == start + 1 or last or stop:
+            evaluating = job.evaluate is not None and _due(step, config.evaluate_every, last)
+            saving = checkpoints is not None and (evaluating or _due(step, config.checkpoint_every, last))
+            if evaluating or saving or stop or last or step == start + 1 or step % config.log_every == 0:
                 recorder.flush()
-            evaluated = _due(step, config.evaluate_every, last) and job.evaluate is not None
-            if evaluated:
-                recorder.flush()
-                evaluations.append(_evaluate(job, config, state, step, recorder))
-            patience_over = evaluated and out_of_patience(evaluations, config)
-            ending = last or bool(stop) or patience_over
-            if checkpoints and (evaluated or ending or _due(step, config.checkpoint_every, last)):
-                recorder.flush()
-                _save(checkpoints, step, state, evaluations, evaluated, config)
-                recorder.skip()
-            if patience_over and not last:
-                return Outcome(state, evaluations, _impatience(config))
+            if evaluating:
+                means = _evaluate(job, config, state.evaluated, program.frozen)
+                recorder.evaluated(step, means)
+                evaluations.append({"step": step, **means})
+                stopped = None if last else _impatience(evaluations, config)
             if stop and not last:
-                logger.warning("%s: stopping after step %d%s", stop.signal, step, ", saved" if run else "")
-                return Outcome(state, evaluations, stop.signal)
-    return Outcome(state, evaluations, None)
+                stopped = stop.signal
+            if checkpoints and (saving or stopped):
+                _save(checkpoints, step, state, evaluations, evaluating, config)
+                recorder.skip()
+
+        best = _best(checkpoints, program, state, config) if checkpoints else state
+    return Outcome(state, best, evaluations, stopped, memory)
 
 
 def build_program(job: Job, config: TrainingConfig, layout: Layout, scaling: Scaling) -> Program:
-    """Jit the functions that make and change the state, with shardings in and out."""
+    """Compile the functions that make and change the state, with shardings in and out."""
     optimizer = make_optimizer(config.optimizer, config.steps)
 
     def create(rng: jax.Array, given: Tree) -> TrainState:
@@ -156,15 +167,24 @@ def build_program(job: Job, config: TrainingConfig, layout: Layout, scaling: Sca
         average_decay=config.ema,
         gradient_shardings=gradients,
     )
-    abstract = jax.tree.map(
+    abstract = _abstract(shapes, shardings)
+    frozen = jax.device_put(job.frozen, layout.parameters(job.frozen, job.axes))
+    placed = layout.place(job.batches(0))
+    batch = _abstract(placed, jax.tree.map(lambda leaf: leaf.sharding, placed))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated()))
+    return Program(
+        create=jax.jit(create, out_shardings=shardings),
+        step=jitted.lower(abstract, frozen, batch).compile(),
+        abstract=abstract,
+        frozen=frozen,
+    )
+
+
+def _abstract(shapes: Tree, shardings: Tree) -> Tree:
+    return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         shardings,
-    )
-    return Program(
-        create=jax.jit(create, out_shardings=shardings),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
-        abstract=abstract,
     )
 
 
@@ -225,16 +245,25 @@ def _start(
     return restored.state, list(restored.metadata["evaluations"])
 
 
-def _evaluate(
-    job: Job, config: TrainingConfig, state: TrainState, step: int, recorder: Recorder
-) -> Evaluation:
+def _evaluate(job: Job, config: TrainingConfig, trainable: Tree, frozen: Tree) -> Evaluation:
     assert job.evaluate is not None
-    means = job.evaluate(state.evaluated, job.frozen)
+    means = job.evaluate(trainable, frozen)
     if config.best_name not in means:
         names = ", ".join(sorted(means))
         raise InputError(f"best_metric={config.best_metric!r} is not measured; the evaluation has {names}")
-    recorder.evaluated(step, means)
-    return {"step": step, **means}
+    return means
+
+
+def _best(
+    checkpoints: Checkpoints, program: Program, state: TrainState, config: TrainingConfig
+) -> TrainState:
+    """The stored state with the best metric, the latest where no metric was stored."""
+    step = checkpoints.best_step()
+    if step is None or step == int(state.step):
+        return state
+    restored = checkpoints.restore(program.abstract, step)
+    assert restored is not None
+    return restored.state
 
 
 def _save(
@@ -249,7 +278,9 @@ def _save(
     checkpoints.save(step, state, metadata={"evaluations": evaluations}, metrics=metrics)
 
 
-def _impatience(config: TrainingConfig) -> str:
+def _impatience(evaluations: list[Evaluation], config: TrainingConfig) -> str | None:
+    if not out_of_patience(evaluations, config):
+        return None
     return f"no better {config.best_name} for {config.patience} evaluations"
 
 

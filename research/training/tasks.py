@@ -1,0 +1,125 @@
+"""Jobs for the training loop: a language model from text, a classifier from a pretrained body.
+
+A classifier is tuned through a delta specification, or wholly where there is none; either way the loop
+and the train step are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ...models.costs import training_flops_per_token
+from ...models.model import Params
+from ...models.transformer import Transformer
+from ...parallel.layout import Layout
+from ..data.batches import Batches, Rows, evaluation_batches
+from ..delta.attach import Tuned
+from .config import TrainingConfig
+from .evaluation import evaluate, make_evaluation
+from .loop import Evaluation, Job
+from .objectives import Loss, classification, delta_tuning, full_tuning, inputs_of, language_modelling
+
+Tree = Any
+EVALUATION_BATCH = 64
+
+
+def language_model_job(
+    model: Transformer,
+    rows: Rows,
+    config: TrainingConfig,
+    *,
+    layout: Layout,
+    evaluation: Rows | None = None,
+    given: Params | None = None,
+) -> Job:
+    """Train `model` on packed `rows` from scratch, or from the parameters `given`."""
+    length = len(rows[0]["tokens"])
+    example = jnp.zeros((1, length), jnp.int32)
+
+    def init(rng: jax.Array, start: Tree) -> Tree:
+        return model.init(rng, example) if given is None else start
+
+    loss = language_modelling(full_tuning(model))
+    return Job(
+        loss=loss,
+        init=init,
+        batches=local_batches(rows, config, layout),
+        given=given,
+        axes=model.axes,
+        evaluate=evaluation_of(loss, evaluation, layout),
+        unit="tokens",
+        flops_per_unit=training_flops_per_token(model.config, length),
+    )
+
+
+def classification_job(
+    model: Transformer,
+    params: Params,
+    tuned: Tuned | None,
+    rows: Rows,
+    config: TrainingConfig,
+    *,
+    layout: Layout,
+    evaluation: Rows | None = None,
+) -> Job:
+    """Tune a classifier from the parameters `params`, by a delta or, where `tuned` is None, wholly.
+
+    Under a delta `frozen` holds the backbone and what the methods keep fixed, and the train state nothing
+    of either.
+    """
+    batches = local_batches(rows, config, layout)
+    if tuned is None:
+        loss = classification(full_tuning(model))
+        return Job(
+            loss=loss,
+            init=lambda rng, given: given,
+            batches=batches,
+            given=params,
+            axes=model.axes,
+            evaluate=evaluation_of(loss, evaluation, layout),
+            unit="examples",
+        )
+    example = {name: array[:1] for name, array in batches(0).items()}
+    tokens, inputs = example["tokens"], inputs_of(example)
+    state = tuned.init(jax.random.key(config.seed), params, tokens, **inputs)["delta_state"]
+    loss = classification(delta_tuning(tuned))
+    return Job(
+        loss=loss,
+        init=lambda rng, given: tuned.init(rng, given["params"], tokens, **inputs)["delta"],
+        batches=batches,
+        frozen={"params": params, "delta_state": state},
+        axes=model.axes,
+        evaluate=evaluation_of(loss, evaluation, layout),
+        unit="examples",
+    )
+
+
+def local_batches(rows: Rows, config: TrainingConfig, layout: Layout) -> Callable[[int], Mapping[str, Any]]:
+    """This process's rows of the batch of each step, in an order that the seed decides."""
+    mine = layout.local_rows(config.batch)
+    count = config.batch // (mine.stop - mine.start)
+    return Batches(
+        rows, config.batch, config.seed, part=(mine.start * count // config.batch, count)
+    ).__getitem__
+
+
+def evaluation_of(
+    loss: Loss, rows: Rows | None, layout: Layout, batch: int = EVALUATION_BATCH
+) -> Callable[[Tree, Tree], Evaluation] | None:
+    """The function from trained and frozen arrays to means over all `rows`; None without rows."""
+    if rows is None:
+        return None
+    sums_of = make_evaluation(loss)
+    mine = layout.local_rows(batch)
+    count = batch // (mine.stop - mine.start)
+    part = (mine.start * count // batch, count)
+
+    def means(trainable: Tree, frozen: Tree) -> Evaluation:
+        batches = map(layout.place, evaluation_batches(rows, batch, part))
+        return evaluate(sums_of, trainable, frozen, batches)
+
+    return means
