@@ -45,14 +45,15 @@ class Labels:
     def ids(self, labels: Iterable[Any], where: str) -> np.ndarray:
         """The ids of `labels`, int32; `where` names their file in the error for one that is not known."""
         known = {name: number for number, name in enumerate(self.names)}
-        found = np.asarray([known.get(label, -1) for label in (labels := list(labels))], np.int32)
-        if (found < 0).any():
-            row = int(np.argmax(found < 0))
-            names = ", ".join(repr(name) for name in self.names[:20]) + (", …" if len(self) > 20 else "")
-            raise InputError(
-                f"{where}: row {row + 1}: label {labels[row]!r} is not in the train split: {names}"
-            )
-        return found
+        found = []
+        for row, label in enumerate(labels, start=1):
+            if label not in known:
+                names = ", ".join(repr(name) for name in self.names[:20]) + (", …" if len(self) > 20 else "")
+                raise InputError(
+                    f"{where}: row {row}: the train split lacks label {label!r}; it has: {names}"
+                )
+            found.append(known[label])
+        return np.asarray(found, np.int32)
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Examples:
             "tokens": tokens,
             "segments": inside.astype(np.int32),
             "positions": np.where(inside, np.arange(self.length), 0).astype(np.int32),
-            "label": np.int32(self.labels[index]),
-            "weight": np.float32(1),
+            "label": np.asarray(self.labels[index], np.int32),
+            "weight": np.ones((), np.float32),
         }
 
 

@@ -82,7 +82,7 @@ class Packed:
 
 
 def pack(
-    documents: Iterable[Sequence[int]],
+    documents: Iterable[Sequence[int] | np.ndarray],
     length: int,
     eos: int,
     *,

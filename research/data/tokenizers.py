@@ -75,11 +75,8 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             reason = (str(error).splitlines() or [""])[0]
             raise InputError(f"{path}: not a tokenizer.json: {reason}") from error
-        for name in (pad, eos):
-            if inner.token_to_id(name) is None:
-                raise InputError(f"{path}: has no token {name!r}; name the padding and end tokens it has")
         inner.encode_special_tokens = True  # not kept in the file
-        return cls(inner, inner.token_to_id(pad), inner.token_to_id(eos))
+        return cls(inner, _id_of(inner, pad, path), _id_of(inner, eos, path))
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int, special: Sequence[str] = ()) -> Tokenizer:
@@ -116,3 +113,10 @@ def _some(texts: Iterable[str]) -> Iterable[str]:
         yield text
     if empty:
         raise InputError("no text to train a tokenizer on")
+
+
+def _id_of(inner: hf.Tokenizer, name: str, path: Path) -> int:
+    number = inner.token_to_id(name)
+    if number is None:
+        raise InputError(f"{path}: has no token {name!r}; name the padding and end tokens it has")
+    return number
