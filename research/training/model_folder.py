@@ -41,7 +41,7 @@ class TrainedModel:
 
     model: Transformer
     params: Params
-    labels: tuple[str, ...] = ()
+    labels: tuple[Any, ...] = ()
     tokenizer: Path | None = None
 
 
@@ -51,7 +51,7 @@ def save_model(
     params: Params,
     *,
     tokenizer: Tokenizer | None = None,
-    labels: Sequence[str] = (),
+    labels: Sequence[Any] = (),
 ) -> None:
     """Write the folder whole or not at all; a model that is there already is replaced."""
     partial = folder.with_name(f".{folder.name}.partial")

@@ -1,0 +1,112 @@
+"""`modicum evaluate MODEL --data DATA`: what a stored model or delta scores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from ... import InputError
+
+if TYPE_CHECKING:
+    from ...research.data.sources import Source
+    from ...research.data.tokenizers import Tokenizer
+    from ...research.training.model_folder import TrainedModel
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a model, or a delta on its model.
+
+    A language model gets loss, perplexity and next-token accuracy; a classifier, or a model with a
+    classifier's delta, gets loss and accuracy.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """A model folder or a finished run; under a delta, its backbone."""
+    data: str
+    """A file, a folder with splits, or a hub name."""
+    delta: Path | None = None
+    """A delta folder, or a finished run of `modicum tune`."""
+    split: Literal["train", "dev", "test"] = "test"
+    text_column: str = "text"
+    label_column: str = "label"
+    length: int = 0
+    """Tokens of a row or longest text; 0: as many as the model has positions, 128 where it has no limit."""
+    truncate: bool = False
+    """Cut longer texts instead of refusing them."""
+
+    def run(self) -> int:
+        """Print the means over the split."""
+        from ...research.data.tokenizers import Tokenizer
+        from ...research.training.model_folder import find_model, load_model
+
+        trained = load_model(find_model(self.model))
+        if trained.tokenizer is None:
+            raise InputError(f"{self.model} has no tokenizer.json, so texts cannot be encoded for it")
+        tokenizer = Tokenizer.load(trained.tokenizer)
+        if self.delta is None and not trained.labels:
+            means = self._language_model(trained, tokenizer)
+            means["perplexity"] = math.exp(means["loss"])
+        else:
+            means = self._classifier(trained, tokenizer)
+        print("  ".join(f"{name} {value:.4f}" for name, value in means.items()))
+        return 0
+
+    def _language_model(self, trained: TrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
+        from ...parallel.layout import Layout
+        from ...research.data.packing import pack
+        from ...research.training.objectives import full_tuning, language_modelling
+        from ...research.training.tasks import evaluation_of
+
+        source = self._source(None)
+        rows = pack(
+            tokenizer.encode(list(source.texts())), self._length(trained), tokenizer.eos, pad=tokenizer.pad
+        )
+        means = evaluation_of(language_modelling(full_tuning(trained.model)), rows, Layout.single())
+        assert means is not None
+        return means(trained.params, {})
+
+    def _classifier(self, trained: TrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
+        from ...parallel.layout import Layout
+        from ...research.data.examples import Labels, examples
+        from ...research.training.objectives import classification, delta_tuning, full_tuning
+        from ...research.training.tasks import evaluation_of
+        from ...research.training.tuning import load_tuned
+
+        if self.delta is None:
+            forward, trainable, frozen = full_tuning(trained.model), trained.params, {}
+            labels = trained.labels
+        else:
+            tuned, variables, params, labels = load_tuned(find_delta(self.delta), trained)
+            forward, trainable = delta_tuning(tuned), variables["delta"]
+            frozen = {"params": params, "delta_state": variables["delta_state"]}
+        source = self._source(self.label_column)
+        rows = examples(source, tokenizer, Labels(labels), self._length(trained), truncate=self.truncate)
+        means = evaluation_of(classification(forward), rows, Layout.single())
+        assert means is not None
+        return means(trainable, frozen)
+
+    def _source(self, label_column: str | None) -> Source:
+        from ...research.data.sources import load_splits
+
+        splits = load_splits(self.data, self.text_column, label_column)
+        if list(splits) == ["train"] and Path(self.data).is_file():
+            return splits["train"]  # one file is evaluated whole, whatever it is called
+        if self.split not in splits:
+            raise InputError(f"{self.data}: no {self.split} split; there is: {', '.join(sorted(splits))}")
+        return splits[self.split]
+
+    def _length(self, trained: TrainedModel) -> int:
+        return self.length or getattr(trained.model.config.positions, "max_length", 128)
+
+
+def find_delta(path: Path) -> Path:
+    """The delta folder at `path`: itself, or the `delta` of a finished run."""
+    for folder in (path, path / "delta"):
+        if (folder / "delta.json").is_file():
+            return folder
+    raise InputError(f"{path} holds no delta.json; give a delta folder or a finished run of `modicum tune`")

@@ -1,0 +1,89 @@
+"""Options that several verbs share. This module imports no jax: `modicum --help` is instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ...research.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from ...parallel.layout import Layout
+
+BEST_METRICS = {"loss": "loss", "accuracy": "+accuracy"}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train."""
+
+    steps: int = 1000
+    """Updates."""
+    batch: int = 32
+    """Rows of a batch, over all devices."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after another."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic; parameters stay fp32."""
+    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    schedule: Literal["constant", "cosine", "linear", "rsqrt", "wsd"] = "cosine"
+    warmup: float = 0.05
+    """Steps of rising learning rate; below 1, a fraction of all steps."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    ema: float = 0.0
+    """Decay of a moving average of the trained numbers, evaluated and stored in their place; 0: none."""
+    evaluate_every: int = 100
+    """Steps between evaluations; 0: at the end only."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; 0: at the end and at evaluations only."""
+    patience: int = 0
+    """Stop after so many evaluations without a better one; 0: never."""
+    seed: int = 0
+
+    def config(self, learning_rate: float, best: Literal["loss", "accuracy"]) -> TrainingConfig:
+        """The run's configuration at one learning rate, keeping the best checkpoint by `best`."""
+        schedule = ScheduleConfig(self.schedule, self.warmup)
+        return TrainingConfig(
+            steps=self.steps,
+            batch=self.batch,
+            accumulate=self.accumulate,
+            precision=self.precision,
+            optimizer=OptimizerConfig(
+                self.optimizer, learning_rate, schedule, self.weight_decay, clip=self.clip
+            ),
+            seed=self.seed,
+            ema=self.ema,
+            evaluate_every=self.evaluate_every,
+            checkpoint_every=self.checkpoint_every,
+            best_metric=BEST_METRICS[best],
+            patience=self.patience,
+        )
+
+
+@dataclass(frozen=True)
+class PlacementOptions:
+    """Where to run."""
+
+    mesh: str = ""
+    """Devices along each axis, such as data=4,tensor=2; empty: the first device."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What is split over the data axis: 1 optimizer state, 2 gradients too, 3 parameters too."""
+    coordinator: str | None = None
+    """host:port of process 0 where several processes train together; launchers are recognised."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this is, from 0."""
+
+    def layout(self) -> Layout:
+        """Join the processes, then lay out the mesh."""
+        from ...parallel.layout import Layout
+        from ...parallel.mesh import MeshShape, make_mesh
+        from ...parallel.processes import initialize
+
+        initialize(self.coordinator, self.processes, self.process)
+        if not self.mesh:
+            return Layout.single()
+        return Layout(make_mesh(MeshShape.parse(self.mesh)), zero=self.zero)

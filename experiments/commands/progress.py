@@ -1,0 +1,45 @@
+"""A progress bar with the numbers that matter; silent where nobody watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+def console() -> Console:
+    """Where people read: standard error, so that standard output stays for results."""
+    return Console(stderr=True)
+
+
+@contextmanager
+def training_bar(label: str, steps: int) -> Iterator[Report]:
+    """Show loss, rate, MFU where the peak is known, and the time left, while training for `steps` steps."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(),
+    )
+    screen = console()
+    with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as progress:
+        task = progress.add_task(label, total=steps, numbers="compiling")
+
+        def report(step: int, metrics: Mapping[str, float]) -> None:
+            progress.update(task, completed=step, numbers=describe(metrics))
+
+        yield report
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """Loss, rate and MFU in a few characters; MFU is a dash where the device's peak is not known."""
+    parts = [f"loss {metrics['loss']:.3f}"]
+    rates = [(name, value) for name, value in metrics.items() if name.endswith("_per_second")]
+    parts += [f"{value:,.0f} {name.removesuffix('_per_second')}/s" for name, value in rates]
+    parts.append(f"MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "MFU –")
+    return "  ".join(parts)

@@ -1,0 +1,175 @@
+"""`modicum train DATA`: a language model from text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from .options import PlacementOptions, TrainingOptions
+
+if TYPE_CHECKING:
+    from ...models.config import TransformerConfig
+    from ...parallel.layout import Layout
+    from ...research.data.packing import Packed
+    from ...research.data.sources import Source
+    from ...research.data.tokenizers import Tokenizer
+    from ...research.study.runs import Run
+    from ...research.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """What a training run is asked for: its identity is hashed from this."""
+
+    model: TransformerConfig
+    training: TrainingConfig
+    tokenizer: str
+    length: int
+    holdout: float
+    mesh: str
+    zero: int
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a language model on text.
+
+    Writes a run folder: metrics, checkpoints and, at the end, the model with its tokenizer. Started again, a
+    stopped run goes on and a finished one does nothing.
+    """
+
+    data: tyro.conf.Positional[str]
+    """A file (JSONL, JSON, CSV, TSV, Parquet, text), a folder with train and dev files, or a hub name."""
+    out: Path = Path("runs/train")
+    """Folder of the run."""
+    preset: str = "quick"
+    """The model's shape, by name; its vocabulary is the tokenizer's."""
+    text_column: str = "text"
+    tokenizer: Path | None = None
+    """A tokenizer.json; without one, byte-pair encoding is trained on the data."""
+    vocab: int = 2048
+    """Size of the tokenizer to train."""
+    length: int = 128
+    """Tokens of a row."""
+    holdout: float = 0.05
+    """Fraction of the rows to evaluate on, where the data has no dev split."""
+    scan: bool = False
+    """Compile one layer and scan it: for deep models."""
+    remat: str = "none"
+    """What to recompute in the backward pass: none, dots (all but products), full."""
+    learning_rate: float = 1e-3
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    placement: PlacementOptions = field(default_factory=PlacementOptions)
+
+    def run(self) -> int:
+        """Train, and store the model."""
+        from ...models import Precision, Transformer
+        from ...models.precision import policy
+        from ...models.presets import preset
+        from ...parallel.processes import is_main
+        from ...research.data.sources import load_splits
+        from ...research.study.runs import Run
+
+        shape = preset(self.preset)
+        layout = self.placement.layout()
+        splits = load_splits(self.data, self.text_column)
+        tokenizer = self._tokenizer(splits["train"])
+        precision: Precision = policy(self.training.precision)
+        config = replace(shape, vocab=tokenizer.vocab, precision=precision, scan=self.scan, remat=self.remat)
+        question = TrainRun(
+            config,
+            self.training.config(self.learning_rate, "loss"),
+            tokenizer.fingerprint,
+            self.length,
+            self.holdout,
+            self.placement.mesh,
+            self.placement.zero,
+        )
+        fingerprint = "-".join(source.fingerprint for source in splits.values())
+        run = Run.open(
+            self.out.parent,
+            question,
+            seed=self.training.seed,
+            data_fingerprint=fingerprint,
+            name=self.out.name,
+            devices=describe_devices(layout),
+            write=is_main(),
+        )
+        if run.state == "finished":
+            print(f"{run.folder}: finished before, nothing to do; evaluation loss {run.result['loss']:.4f}")
+            return 0
+        train_rows, dev_rows = self._rows(splits, tokenizer, run)
+        return self._train(run, question, Transformer(config), tokenizer, train_rows, dev_rows, layout)
+
+    def _train(
+        self,
+        run: Run,
+        question: TrainRun,
+        model: Any,
+        tokenizer: Tokenizer,
+        train_rows: Any,
+        dev_rows: Any,
+        layout: Layout,
+    ) -> int:
+        import jax
+
+        from ...models.costs import parameter_count
+        from ...parallel.processes import is_main
+        from ...research.training.loop import train
+        from ...research.training.model_folder import save_model
+        from ...research.training.tasks import language_model_job
+        from .progress import training_bar
+        from .stops import exit_code
+
+        job = language_model_job(model, train_rows, question.training, layout=layout, evaluation=dev_rows)
+        size = f"{len(train_rows):,} rows of {self.length} tokens"
+        print(f"{run.folder}: {parameter_count(model):,} parameters, {size}")
+        with training_bar("training", question.training.steps) as report:
+            outcome = train(job, question.training, run, layout=layout, report=report)
+        if code := exit_code(outcome, run.folder):
+            return code
+        best = next(e for e in outcome.evaluations if e["step"] == int(outcome.best.step))
+        params = jax.device_get(outcome.best.evaluated)
+        if is_main():
+            save_model(run.folder / "model", model, params, tokenizer=tokenizer)
+        result = {**best, "perplexity": math.exp(best["loss"]), "parameters": parameter_count(model)}
+        run.finish(result)
+        print(
+            f"{run.folder}: best at step {best['step']}: evaluation loss {best['loss']:.4f} nats a token, "
+            f"perplexity {result['perplexity']:.2f}, next-token accuracy {best['accuracy']:.1%}; "
+            f"the model is in {run.folder / 'model'}"
+        )
+        return 0
+
+    def _tokenizer(self, source: Source) -> Tokenizer:
+        from ...research.data.tokenizers import Tokenizer, train_tokenizer
+
+        if self.tokenizer is not None:
+            return Tokenizer.load(self.tokenizer)
+        return train_tokenizer(source.texts(), self.vocab)
+
+    def _rows(self, splits: dict[str, Source], tokenizer: Tokenizer, run: Run) -> tuple[Any, Any]:
+        """Packed rows to train on and rows to evaluate on."""
+        rows = {
+            split: self._pack(source, tokenizer, run) for split, source in splits.items() if split != "test"
+        }
+        if "dev" in rows:
+            return rows["train"], rows["dev"]
+        from ...research.data.parts import hold_out
+
+        return hold_out(rows["train"], self.holdout)
+
+    def _pack(self, source: Source, tokenizer: Tokenizer, run: Run) -> Packed:
+        from ...research.data.packing import packed_corpus
+
+        return packed_corpus(source.texts(), tokenizer, self.length, run.folder / "data", source.fingerprint)
+
+
+def describe_devices(layout: Layout) -> dict[str, Any]:
+    """What the run's environment record says of the mesh."""
+    devices = list(layout.mesh.devices.flat)
+    return {"kind": devices[0].device_kind, "count": len(devices), "mesh": dict(layout.mesh.shape)}

@@ -1,0 +1,42 @@
+"""Part of a set of rows, without copying it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ... import InputError
+from .batches import Rows
+
+__all__ = ["Part", "hold_out"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows whose numbers are in `numbers`."""
+
+    rows: Rows
+    numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+        return self.rows[self.numbers[index]]
+
+
+def hold_out(rows: Rows, fraction: float) -> tuple[Part, Part]:
+    """All rows but the last `fraction` to train on, and these to evaluate on; at least one each.
+
+    The last rows, not random ones: neighbouring rows of a packed corpus share documents.
+    """
+    count = max(1, round(len(rows) * fraction))
+    if not 0.0 < fraction < 1.0 or count >= len(rows):
+        raise InputError(
+            f"holding out {fraction} of {len(rows)} rows leaves nothing to train or to evaluate on; "
+            f"give a fraction between 0 and 1, or more data"
+        )
+    border = len(rows) - count
+    return Part(rows, range(border)), Part(rows, range(border, len(rows)))
