@@ -131,7 +131,8 @@ class Checkpoints:
             except Unreadable as damage:
                 reasons.append(f"step {candidate}: {damage}")
                 continue
-            self._rejected = [each for each in steps if each > candidate] if step is None else []
+            if step is None:
+                self._rejected = [each for each in steps if each > candidate]
             _warn(self.folder, reasons, candidate)
             return Restored(state, metadata, candidate)
         if steps:

@@ -5,6 +5,9 @@ import json
 import logging
 import random
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -312,6 +315,42 @@ def test_many_flipped_bits(tmp_path: Path) -> None:
     saved(tmp_path, (2, 3))
     seen, harmless = flip_bits(tmp_path, 120, seed=1)
     assert seen > 20, (seen, harmless)
+
+
+SAVE_FOREVER = """
+import sys, jax, jax.numpy as jnp
+from modicum.research.training.checkpoints import Checkpoints
+with Checkpoints(sys.argv[1]) as checkpoints:
+    state = {f"w{i}": jnp.zeros((512, 512)) for i in range(4)}
+    restored = checkpoints.restore(state)
+    step = restored.step if restored else 0
+    print(step, flush=True)
+    while True:
+        step += 1
+        checkpoints.save(step, jax.tree.map(lambda x: x + step, state), {"step": step})
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target = {f"w{i}": jnp.zeros((512, 512)) for i in range(4)}
+    draw, reached = random.Random(0), 0
+    for _ in range(5):
+        command = [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert int(process.stdout.readline()) == reached  # it goes on where the one before was killed
+            while max(checkpoint_steps(tmp_path), default=0) <= reached:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0.0, 0.3))
+            process.kill()
+        restored = Checkpoints(tmp_path).restore(target)
+        assert restored is not None and restored.metadata == {"step": restored.step}
+        assert all((leaf == restored.step).all() for leaf in restored.state.values())
+        assert restored.step > reached
+        reached = restored.step
+    assert not [record for record in caplog.records if "modicum" in record.name]
+    assert len(checkpoint_steps(tmp_path)) <= 5
 
 
 def test_reading_the_arrays_alone(tmp_path: Path) -> None:
