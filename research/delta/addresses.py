@@ -112,9 +112,7 @@ class Address:
 
     def hit_above(self, path: str, params: Mapping[str, Any]) -> Hit | None:
         """As `hit`, for `path` or the nearest path above it that the address names."""
-        parts = path.split("/") if path else []
-        above = ("/".join(parts[:length]) for length in range(len(parts), -1, -1))
-        return next((found for each in above if (found := self.hit(each, params))), None)
+        return next((found for each in reversed(above_path(path)) if (found := self.hit(each, params))), None)
 
     def layers(self, paths: Iterable[str], params: Mapping[str, Any]) -> int:
         """How many layers the model has where the address has its range; 0 where there are none."""
@@ -145,9 +143,12 @@ def select(
     address names none, and if it numbers a layer that is not there.
     """
     named = {path: hit for path in paths if (hit := resolve(address, path, params, above=above))}
+    everywhere = dict.fromkeys(each for path in paths for each in (above_path(path) if above else [path]))
     if not named:
-        raise InputError(f"delta address {address.text!r} names no {what}{near_misses(address.text, paths)}")
-    layers = address.layers(paths, params) if address.numbers else 0
+        raise InputError(
+            f"delta address {address.text!r} names no {what}{near_misses(address.text, everywhere)}"
+        )
+    layers = address.layers(everywhere, params) if address.numbers else 0
     if address.numbers and layers and address.numbers.last >= layers:
         last = address.numbers.last
         raise InputError(
@@ -175,6 +176,12 @@ def resolve(
         if hit and (out := each.hit_above(path, params)):
             hit = _without(hit, out)
     return hit
+
+
+def above_path(path: str) -> list[str]:
+    """The paths from the root to `path`, both included."""
+    parts = path.split("/") if path else []
+    return ["/".join(parts[:length]) for length in range(len(parts) + 1)]
 
 
 def stack(params: Mapping[str, Any], path: str) -> tuple[int, int]:

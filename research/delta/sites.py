@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict
 
 from ... import InputError
 from ...models.model import LinenModel
-from .addresses import Hit, stack
+from .addresses import Hit, above_path, stack
 from .methods import Site, SiteMethod, Variables
 from .trees import Place, node_at, own_params
 
@@ -62,7 +62,7 @@ def find_calls(
         output = call(*call_args, **call_kwargs)
         if name in at and path not in calls[name]:
             seen = _shapes((call_args or tuple(call_kwargs.values()), output))
-            stack_path = next((each for each in _above(path) if leads.get(each)), None)
+            stack_path = next((each for each in above_path(path) if leads.get(each)), None)
             calls[name][path] = Call(module, *seen, leads[path], stack_path)
         return output
 
@@ -212,7 +212,7 @@ def _lead(module: nn.Module, params: Variables, leads: Mapping[str, tuple[int, .
     )
     shared = [keys for keys in inner if keys in whole]
     if not shared:
-        return next((leads[each] for each in reversed(_above(path)) if each in leads), ())
+        return next((leads[each] for each in reversed(above_path(path)) if each in leads), ())
     seen, full = inner[shared[0]].shape, whole[shared[0]].shape
     count = len(full) - len(seen)
     if full[count:] != seen:
@@ -220,12 +220,6 @@ def _lead(module: nn.Module, params: Variables, leads: Mapping[str, tuple[int, .
             f"{path}: layers are stacked as {full} from {seen}; only a leading axis is supported"
         )
     return full[:count]
-
-
-def _above(path: str) -> list[str]:
-    """The paths from the root to `path`."""
-    parts = path.split("/") if path else []
-    return ["/".join(parts[:length]) for length in range(len(parts) + 1)]
 
 
 def _layer_paths(path: str, call: Call, rows: np.ndarray, params: Variables) -> list[str]:
