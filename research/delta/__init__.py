@@ -7,7 +7,7 @@ is), one file per method, `storage` (delta files), `summary` (what is tuned, add
 
 from .adapter import Adapter
 from .addresses import Address
-from .attach import Entry, Spec, Tuned, attach, attach_leaves
+from .attach import BoundModel, Entry, Spec, Tuned, attach, attach_leaves
 from .bitfit import BitFit
 from .full import Full
 from .lora import LoRA
@@ -20,6 +20,7 @@ __all__ = [
     "Adapter",
     "Address",
     "BitFit",
+    "BoundModel",
     "Entry",
     "Full",
     "LeafMethod",

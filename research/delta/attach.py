@@ -18,11 +18,11 @@ import flax.linen as nn
 import jax
 
 from ... import InputError
-from ...models.model import Model, as_linen, as_model
+from ...models.model import LinenModel, Model, as_linen, as_model
 from .addresses import Address, Hit, resolve, select
 from .folding import near_misses
 from .leaves import FunctionModel, apply_leaf, init_leaf
-from .methods import LeafMethod, Method, SiteMethod
+from .methods import LeafMethod, Method, SiteMethod, Variables
 from .sites import apply_sites, find_calls, init_site, spread
 from .trees import Place, Tree, from_places, node_at, own_params, places, with_node
 
@@ -53,8 +53,8 @@ class Tuned:
         for an address that names nothing and for a method that does not fit its site.
         """
         _require_bare(params)
-        trained: dict[Place, Tree] = {}
-        state: dict[Place, Tree] = {}
+        trained: dict[Place, Variables] = {}
+        state: dict[Place, Variables] = {}
         leaves = _leaf_paths(params)
         calls = {}
         if self._sites:
@@ -106,6 +106,13 @@ class Tuned:
             placed = spread(own, self._hit(entry, path, params), self._sites[name].neutral)
             params = with_node(params, f"{path}/{name}".strip("/"), placed)
         return apply_sites(self.model, params, self._sites, expected, args, kwargs)
+
+    def bind(self, variables: Mapping[str, Any]) -> BoundModel:
+        """The tuned Linen model as a plain one, for code that takes a model and its parameters.
+
+        Inside a compiled function, bind there: arrays bound outside become constants of the program.
+        """
+        return BoundModel(as_linen(self.model).module, self, variables)
 
     def merge(self, params: Mapping[str, Any], variables: Mapping[str, Any]) -> Tree:
         """Parameters of the plain model that compute what the tuned one does (without dropout).
@@ -178,6 +185,18 @@ class Tuned:
                 raise InputError(
                     f"exclude address {address.text!r} names nothing{near_misses(address.text, paths)}"
                 )
+
+
+@dataclass(frozen=True, eq=False)
+class BoundModel(LinenModel):
+    """A tuned model with its variables: `apply(params, ...)`, and hooks read and edit it like any other."""
+
+    tuned: Tuned
+    variables: Mapping[str, Any]
+
+    def apply(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Outputs of the tuned model on the backbone `params`."""
+        return self.tuned.apply(self.variables, params, *args, **kwargs)
 
 
 def attach(model: Model | nn.Module, spec: Spec | Method, *, exclude: Iterable[str] = ()) -> Tuned:

@@ -6,11 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ... import InputError
 from .methods import Site
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -37,28 +40,28 @@ def matrix_of(site: Site, x: Any, y: Any, method: str) -> Matrix:
     `y [..., *features]`. Raises `InputError` for a module that does something else.
     """
     kernel = site.params.get("kernel")
-    shapes = [getattr(each, "shape", None) for each in (kernel, x, y)]
-    if None not in shapes:
-        (kernel_shape, x_shape, y_shape), axis = shapes, getattr(site.module, "axis", None)
-        contracted = (len(kernel_shape) - len(y_shape) + len(x_shape)) // 2
-        axes = _axes(axis, contracted, len(x_shape))
-        features = len(kernel_shape) - contracted
-        if (
-            contracted > 0
-            and features > 0
-            and len(axes) == contracted
-            and not getattr(site.module, "batch_dims", ())
-            and not hasattr(site.module, "kernel_size")
-            and kernel_shape == (*(x_shape[a] for a in axes), *y_shape[len(y_shape) - features :])
-        ):
-            inputs = math.prod(kernel_shape[:contracted])
-            return Matrix(axes, inputs, math.prod(kernel_shape[contracted:]))
+    shapes: list[Any] = [getattr(each, "shape", None) for each in (kernel, x, y)]
+    if None not in shapes and (matrix := _read(site.module, *shapes)):
+        return matrix
     name = type(site.module).__name__
     raise InputError(
         f"{site.path or 'the root module'}: {method} needs a module that multiplies its input by a 'kernel', "
         f"as Dense and DenseGeneral do; {name} does not "
         f"(kernel {shapes[0]}, input {shapes[1]}, output {shapes[2]})"
     )
+
+
+def _read(module: nn.Module, kernel: Shape, x: Shape, y: Shape) -> Matrix | None:
+    # An input of b + c axes becomes an output of b + f, through a kernel of c + f.
+    contracted = (len(kernel) - len(y) + len(x)) // 2
+    features = len(kernel) - contracted
+    axes = _axes(getattr(module, "axis", None), contracted, len(x))
+    batched = getattr(module, "batch_dims", ()) or hasattr(module, "kernel_size")
+    if batched or contracted < 1 or features < 1 or len(axes) != contracted:
+        return None
+    if kernel != (*(x[axis] for axis in axes), *y[len(y) - features :]):
+        return None
+    return Matrix(axes, math.prod(kernel[:contracted]), math.prod(kernel[contracted:]))
 
 
 def _axes(axis: int | tuple[int, ...] | None, contracted: int, ndim: int) -> tuple[int, ...]:

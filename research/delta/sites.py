@@ -61,9 +61,9 @@ def find_calls(
         leads.setdefault(path, _lead(module, params, leads))
         output = call(*call_args, **call_kwargs)
         if name in at and path not in calls[name]:
-            seen = _shapes((call_args or tuple(call_kwargs.values()), output))
+            inputs, made = _shapes((call_args or tuple(call_kwargs.values()), output))
             stack_path = next((each for each in above_path(path) if leads.get(each)), None)
-            calls[name][path] = Call(module, *seen, leads[path], stack_path)
+            calls[name][path] = Call(module, inputs, made, leads[path], stack_path)
         return output
 
     leaves, structure = jax.tree.flatten((args, kwargs))
@@ -127,7 +127,8 @@ def apply_sites(
     Raises `InputError` if one of the `expected` places is never called: its delta would be ignored.
     """
     calls: Counter[Place] = Counter()
-    rng, train = kwargs.get("rng"), kwargs.get("train", False)
+    rng: Any = kwargs.get("rng")
+    train = bool(kwargs.get("train", False))
 
     def adapt(module: nn.Module, at: str, call: Callable, call_args: tuple, call_kwargs: dict) -> Any:
         scope, path = module.scope, path_of(module)
@@ -135,7 +136,8 @@ def apply_sites(
         for name, method in methods.items():
             if method.at == at and scope.has_variable("params", name):
                 calls[path, name] += 1
-                key = jax.random.fold_in(rng, calls[path, name]) if train and method.random else None
+                draws = train and method.random and rng is not None
+                key = jax.random.fold_in(rng, calls[path, name]) if draws else None
                 site = Site(path, module, own_params(scope.variables().get("params")), key, train)
                 call = partial(_adapted, method, scope.get_variable("params", name), site, call)
         return call(*call_args, **call_kwargs)

@@ -1,13 +1,24 @@
 """Deltas on our Transformer: every assembly, scanned and not, and what tuning it costs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from modicum import InputError
-from modicum.models.config import Layer
-from modicum.models.heads import ClassifierHead
-from modicum.models.mlp import MLP, GatedMLP
+from modicum.models import (
+    MLP,
+    ClassifierHead,
+    GatedMLP,
+    GroupedQuery,
+    Layer,
+    RMSNorm,
+    Transformer,
+    TransformerConfig,
+    run_with_cache,
+    stack_layers,
+)
 from modicum.research.delta import Adapter, BitFit, Full, LoRA, attach, parameter_count
 
 
@@ -18,11 +29,15 @@ def randomised(variables, scale=0.1):
     return {**variables, "delta": jax.tree.unflatten(structure, noisy)}
 
 
+def initial(model, tokens, **options):
+    return jax.jit(model.init)(jax.random.key(0), tokens, **options)
+
+
 @pytest.mark.parametrize("method", [LoRA(2), Adapter(2), BitFit(), Full()])
 @pytest.mark.parametrize("options", [{}, {"scan": True, "remat": "full"}], ids=["unrolled", "scanned"])
 def test_default_positions_start_at_the_backbone(decoder, tokens, method, options):
     model = decoder(**options)
-    params = model.init(jax.random.key(0), tokens)
+    params = initial(model, tokens)
     tuned = attach(model, method)
     variables = tuned.init(jax.random.key(1), params, tokens)
     base = model.apply(params, tokens)
@@ -35,24 +50,17 @@ def test_default_positions_start_at_the_backbone(decoder, tokens, method, option
         np.testing.assert_allclose(merged, moved, rtol=0, atol=1e-6 * float(jnp.abs(moved).max()))
 
 
-def stacked(params, layers=4):
-    """The unrolled tree with its layers stacked."""
-    rows = [params[f"layers_{i}"] for i in range(layers)]
-    rest = {name: value for name, value in params.items() if not name.startswith("layers_")}
-    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)}
-
-
 @pytest.mark.parametrize("address", ["attention/(query|value)", "layers_{1-2}/attention/(query|value)"])
 def test_scanned_and_unrolled_agree(decoder, tokens, address):
     flat, scanned = decoder(), decoder(scan=True)
-    params = flat.init(jax.random.key(0), tokens)
+    params = initial(flat, tokens)
     outputs = []
-    for model, backbone in ((flat, params), (scanned, stacked(params))):
+    for model, backbone in ((flat, params), (scanned, stack_layers(params))):
         tuned = attach(model, {address: [LoRA(2), Adapter(2)]})
         variables = tuned.init(jax.random.key(1), backbone, tokens)
         # The same change to each array: unrolled and stacked trees list them in different orders.
         variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
-        outputs.append(tuned.apply(variables, backbone, tokens))
+        outputs.append(jax.jit(tuned.apply)(variables, backbone, tokens))
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
 
@@ -61,7 +69,7 @@ def test_a_pattern_of_layers_is_addressed_by_layer(decoder, tokens):
     flat, scanned = decoder(pattern=pattern, mlp=MLP(32)), decoder(pattern=pattern, mlp=MLP(32), scan=True)
     spec = {"layers_{1-2}/mlp/up": LoRA(2), "layers_{3}/mlp": Full()}
     for model in (flat, scanned):
-        params = model.init(jax.random.key(0), tokens)
+        params = initial(model, tokens)
         variables = attach(model, spec).init(jax.random.key(1), params, tokens)
         lora = 2 * (16 + 24) + 2 * (16 + 32)
         assert parameter_count(variables["delta"]) == lora + 3 * 16 * 24
@@ -71,7 +79,7 @@ def test_a_pattern_of_layers_is_addressed_by_layer(decoder, tokens):
 def test_encoder_decoder(decoder, tokens):
     model = decoder(kind="encoder-decoder", layers=2)
     arguments = {"decoder_tokens": tokens[:, :4]}
-    params = model.init(jax.random.key(0), tokens, **arguments)
+    params = initial(model, tokens, **arguments)
     spec = {
         "decoder/layers_{1}/cross_attention/(query|value)": LoRA(2),
         "encoder/layers_{0-1}/mlp/down": Adapter(2),
@@ -79,40 +87,40 @@ def test_encoder_decoder(decoder, tokens):
     tuned = attach(model, spec)
     variables = tuned.init(jax.random.key(1), params, tokens, **arguments)
     assert set(variables["delta"]["decoder"]) == {"layers_1"}
-    base = model.apply(params, tokens, **arguments)
-    np.testing.assert_array_equal(tuned.apply(variables, params, tokens, **arguments), base)
-    assert jnp.abs(tuned.apply(randomised(variables), params, tokens, **arguments) - base).max() > 1e-3
+    run = jax.jit(tuned.apply)
+    base = jax.jit(model.apply)(params, tokens, **arguments)
+    np.testing.assert_allclose(run(variables, params, tokens, **arguments), base, rtol=1e-6, atol=1e-6)
+    assert jnp.abs(run(randomised(variables), params, tokens, **arguments) - base).max() > 1e-3
 
 
 def test_a_linear_probe_and_a_classifier_beside_lora(decoder, tokens):
     model = decoder(head=ClassifierHead(3))
     segments = (tokens > 10).astype(jnp.int32)
-    params = model.init(jax.random.key(0), tokens, segments=segments)
+    params = initial(model, tokens, segments=segments)
     probe = attach(model, {"classifier": Full()})
     variables = probe.init(jax.random.key(1), params, tokens, segments=segments)
     assert parameter_count(variables) == 16 * 3 + 3
     both = attach(model, {"attention/query": LoRA(2), "classifier": Full()})
     variables = randomised(both.init(jax.random.key(1), params, tokens, segments=segments))
-    moved = both.apply(variables, params, tokens, segments=segments)
+    moved = jax.jit(both.apply)(variables, params, tokens, segments=segments)
     assert moved.shape == (2, 3)
-    merged = model.apply(both.merge(params, variables), tokens, segments=segments)
+    merged = jax.jit(model.apply)(both.merge(params, variables), tokens, segments=segments)
     np.testing.assert_allclose(merged, moved, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_of_the_model_and_of_the_delta(decoder, tokens):
     model = decoder(dropout=0.1, scan=True)
-    params = model.init(jax.random.key(0), tokens)
+    params = initial(model, tokens)
     tuned = attach(model, LoRA(2, dropout=0.2))
     variables = randomised(tuned.init(jax.random.key(1), params, tokens))
-    run = [tuned.apply(variables, params, tokens, rng=jax.random.key(i), train=True) for i in (1, 1, 2)]
+    train = jax.jit(functools.partial(tuned.apply, train=True))
+    run = [train(variables, params, tokens, rng=jax.random.key(i)) for i in (1, 1, 2)]
     np.testing.assert_array_equal(run[0], run[1])
     assert jnp.abs(run[0] - run[2]).max() > 0
 
 
 def test_the_count_of_cpm_ants_lora():
     """48 layers, 4096 wide, rank 8 on query and value: 6,291,456 parameters, computed on shapes alone."""
-    from modicum.models.attention import GroupedQuery
-    from modicum.models.transformer import Transformer, TransformerConfig
 
     config = TransformerConfig(layers=48, width=4096, attention=GroupedQuery(32), scan=True)
     model, tokens = Transformer(config=config), jax.ShapeDtypeStruct((1, 8), jnp.int32)
@@ -122,11 +130,9 @@ def test_the_count_of_cpm_ants_lora():
 
 
 def test_bitfit_without_biases_is_an_error(decoder, tokens):
-    from modicum.models.attention import GroupedQuery
-    from modicum.models.norms import RMSNorm
 
     model = decoder(attention=GroupedQuery(4, bias=False), mlp=GatedMLP(32), norm=RMSNorm())
-    params = model.init(jax.random.key(0), tokens)
+    params = initial(model, tokens)
     with pytest.raises(InputError, match="BitFit at '': none of the"):
         attach(model, BitFit()).init(jax.random.key(1), params)
 
@@ -134,7 +140,7 @@ def test_bitfit_without_biases_is_an_error(decoder, tokens):
 @pytest.mark.parametrize("options", [{}, {"scan": True, "remat": "full"}], ids=["unrolled", "scanned"])
 def test_the_backbones_gradients_are_never_made(decoder, tokens, options):
     model = decoder(width=64, vocab=500, **options)
-    params = model.init(jax.random.key(0), tokens)
+    params = initial(model, tokens)
     tuned = attach(model, LoRA(2))
     variables = tuned.init(jax.random.key(1), params, tokens)
 
@@ -146,3 +152,16 @@ def test_the_backbones_gradients_are_never_made(decoder, tokens, options):
     assert size <= memory.output_size_in_bytes <= 1.2 * size + 1024
     # The kernels' gradients alone would take 4 * 4 * 64 * 64 * 12 bytes.
     assert memory.temp_size_in_bytes < 4 * parameter_count(params)
+
+
+def test_hooks_read_a_bound_model(decoder, tokens):
+    """Code for plain models, hooks among it, runs on a tuned one."""
+    model = decoder(layers=1)
+    params = initial(model, tokens)
+    tuned = attach(model, {"mlp/up": LoRA(2)})
+    variables = randomised(tuned.init(jax.random.key(1), params, tokens))
+    read = functools.partial(run_with_cache, names=["mlp/act"])
+    outputs, cache = read(tuned.bind(variables), params, tokens)
+    merged, wanted = read(model, tuned.merge(params, variables), tokens)
+    np.testing.assert_allclose(outputs, merged, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(cache["layers_0/mlp/act"], wanted["layers_0/mlp/act"], rtol=1e-5, atol=1e-5)
