@@ -22,6 +22,7 @@ from .. import InputError
 from .model import Model, Params, as_linen
 
 COLLECTION = "hooks"
+LEAF = "~value"  # no module is called that; attention has a child "value"
 
 Reduce = Callable[[str, jax.Array], Any]
 Edit = Callable[[jax.Array], jax.Array]
@@ -62,15 +63,14 @@ def run_with_cache(
         path = _site_path(context)
         if path is not None and (found := [name for name in names if matches(name, path)]):
             seen.update(found)
-            context.module.sow(
-                COLLECTION, "value", kept(path, output), reduce_fn=lambda _, new: new, init_fn=lambda: None
-            )
+            value = kept(path, output)
+            context.module.sow(COLLECTION, LEAF, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return output
 
     with nn.intercept_methods(read):
         outputs, state = as_linen(model).apply(params, *args, mutable=[COLLECTION], **kwargs)
     _require_all(names, seen)
-    flat = flatten_dict(state.get(COLLECTION, {}), is_leaf=lambda path, _: path[-1:] == ("value",))
+    flat = flatten_dict(state.get(COLLECTION, {}), is_leaf=lambda path, _: path[-1:] == (LEAF,))
     return outputs, {"/".join(path[:-1]): value for path, value in flat.items()}
 
 
