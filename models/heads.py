@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from .. import InputError
 from .config import TransformerConfig
+from .losses import MASKED_LOGIT
+from .precision import promote_statistics
 
-# Finite, so that a masked logit's gradient is zero and not NaN in any loss.
-MASKED_LOGIT = -1e9
 POOLINGS = ("last", "first", "mean")
 
 
@@ -87,8 +87,10 @@ def pool(hidden: jax.Array, segments: jax.Array | None, pooling: str) -> jax.Arr
     """One vector `[B, D]` per row of `hidden [B, T, D]`; `segments [B, T]` is 0 at padding."""
     real = jnp.ones(hidden.shape[:2], bool) if segments is None else segments > 0
     if pooling == "mean":
-        weights = real.astype(hidden.dtype)
-        return jnp.einsum("btd,bt->bd", hidden, weights) / jnp.maximum(weights.sum(-1), 1)[:, None]
+        wide = promote_statistics(hidden)
+        weights = real.astype(wide.dtype)
+        total, count = jnp.einsum("btd,bt->bd", wide, weights), jnp.maximum(weights.sum(-1), 1)
+        return (total / count[:, None]).astype(hidden.dtype)
     steps = jnp.arange(hidden.shape[1])
     index = jnp.where(real, steps, -1).max(-1) if pooling == "last" else jnp.argmax(real, -1)
     return jnp.take_along_axis(hidden, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]

@@ -10,18 +10,23 @@ import jax.numpy as jnp
 
 from .precision import promote_statistics
 
+# What the padded rows of a vocabulary score: no softmax notices them. Finite, so that their gradient is
+# zero and not NaN in any loss.
+MASKED_LOGIT = -1e9
+
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Negative log likelihood in nats, `[...]`, of `targets [...]` under `logits [..., V]`, in float32.
 
-    `smoothing` mixes the target with the uniform distribution (Szegedy et al., 2016).
+    `smoothing` mixes the target with the uniform distribution (Szegedy et al., 2016) over the logits
+    that are not masked.
     """
     wide = promote_statistics(logits)
     normaliser = jax.nn.logsumexp(wide, axis=-1)
     chosen = jnp.take_along_axis(wide, targets[..., None], axis=-1)[..., 0]
     loss = normaliser - chosen
     if smoothing:
-        uniform = normaliser - wide.mean(-1)
+        uniform = normaliser - wide.mean(-1, where=wide > MASKED_LOGIT / 2)
         loss = (1 - smoothing) * loss + smoothing * uniform
     return loss
 
