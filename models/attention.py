@@ -25,7 +25,8 @@ class GroupedQuery:
     """H query heads, each group of H / G sharing one of G key/value heads.
 
     `kv_heads` 0 means H (multi-head), 1 is multi-query. `head_width` 0 means D / H. `window` limits
-    each query to that many latest keys, itself included (0: no limit). `scale` 0 means 1 / sqrt(K).
+    each query to that many latest keys, itself included, and in an encoder to as many on its other side
+    (0: no limit; cross-attention has none). `scale` 0 means 1 / sqrt(K).
     `soft_cap` c turns scores s into c tanh(s / c) (0: off). `implementation` names a kernel.
     """
 
@@ -39,7 +40,12 @@ class GroupedQuery:
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.heads % self.groups:
+        if self.heads < 1:
+            raise InputError(f"attention has heads={self.heads}; at least 1 is valid")
+        for field in ("kv_heads", "head_width", "window"):
+            if getattr(self, field) < 0:
+                raise InputError(f"attention has {field}={getattr(self, field)}; at least 0 is valid")
+        if self.heads % self.groups:
             raise InputError(f"attention has {self.heads} heads, which {self.groups} kv_heads do not divide")
 
     @property
@@ -110,7 +116,7 @@ class AttentionModule(nn.Module):
         """Weighted values `[B, T, H, K]` of `query [B, T, H, K]`, `key` and `value` `[B, S, G, K]`."""
         choice = self.choice
         if choice.window:
-            mask = mask & Window(left=choice.window - 1, right=0)
+            mask = mask & Window(left=choice.window - 1, right=choice.window - 1)
         return attention(
             query,
             key,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -61,7 +62,9 @@ class Block(nn.Module):
     def _cross_attention(self, x: jax.Array, context: Context) -> jax.Array:
         assert context.memory is not None and context.memory_mask is not None
         memory, mask = context.memory, context.memory_mask
-        attend = self.config.attention.build(self.config, name="cross_attention")
+        # A window counts positions of one sequence; here queries and keys are of two.
+        choice = replace(self.config.layer(self.index)[0], window=0)
+        attend = choice.build(self.config, name="cross_attention")
         return self.config.residual(
             x,
             self._norm("cross_attention_norm"),

@@ -72,6 +72,10 @@ class TransformerConfig:
             raise InputError(f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
         if self.layers % self.period:
             raise InputError(f"{self.layers} layers are not a multiple of the pattern's {self.period}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"dropout={self.dropout} must be at least 0 and below 1")
+        for index in range(self.period):
+            self.layer(index)[0].width_of_head(self.width)
 
     @property
     def period(self) -> int:

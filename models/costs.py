@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .. import InputError
 from .config import TransformerConfig
 from .transformer import Transformer
 
@@ -38,14 +39,24 @@ def training_flops_per_token(config: TransformerConfig, length: int) -> float:
     6 per weight in a matrix product, the logits' included and embedding look-ups not, plus attention's
     12 L H K S, halved where causal since half the scores are masked (Chowdhery et al., PaLM, 2022,
     appendix B, with the causal half made explicit). Recomputation does not count: this is what model
-    FLOPs utilisation (MFU) is a fraction of.
+    FLOPs utilisation (MFU) is a fraction of. Raises `InputError` for an encoder-decoder, whose two lengths
+    this does not take.
     """
+    if config.kind == "encoder-decoder":
+        raise InputError("training_flops_per_token takes a decoder or an encoder, not an encoder-decoder")
+    layers = (config.layer(index)[0] for index in range(config.layers))
     attended = sum(
-        min(length, layer.window or length) * layer.heads * layer.width_of_head(config.width)
-        for layer in (config.layer(index)[0] for index in range(config.layers))
+        _keys_in_reach(layer.window, length) * layer.heads * layer.width_of_head(config.width)
+        for layer in layers
     )
     causal = 0.5 if config.kind == "decoder" else 1.0
     return 6.0 * matrix_weights(config) + 12.0 * attended * causal
+
+
+def _keys_in_reach(window: int, length: int) -> float:
+    """How many keys a query sees on average, both ways, in a band of `window` to each side."""
+    reach = min(window or length, length)
+    return 2 * reach - reach**2 / length
 
 
 def matrix_weights(config: TransformerConfig) -> int:

@@ -55,6 +55,9 @@ class MLP:
     activation: str = "gelu"
     bias: bool = True
 
+    def __post_init__(self) -> None:
+        _check(self.width, self.activation)
+
     def build(self, config: TransformerConfig) -> nn.Module:
         """The module `mlp`, with children `up` and `down`."""
         return MLPModule(config, self, name="mlp")
@@ -71,9 +74,18 @@ class GatedMLP:
     activation: str = "silu"
     bias: bool = False
 
+    def __post_init__(self) -> None:
+        _check(self.width, self.activation)
+
     def build(self, config: TransformerConfig) -> nn.Module:
         """The module `mlp`, with children `gate`, `up` and `down`."""
         return GatedMLPModule(config, self, name="mlp")
+
+
+def _check(width: int, activation: str) -> None:
+    activation_function(activation)
+    if width < 0:
+        raise InputError(f"mlp width={width} must be at least 0 (0: four times the model width)")
 
 
 class MLPModule(nn.Module):

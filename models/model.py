@@ -39,8 +39,15 @@ class LinenModel:
     module: nn.Module
 
     def init(self, rng: jax.Array, *args: Any, **kwargs: Any) -> Params:
-        """The module's `params` collection."""
-        return self.module.init({"params": rng}, *args, **kwargs).get("params", {})
+        """The module's `params` collection; raises `InputError` for a module that has another."""
+        collections = dict(self.module.init({"params": rng}, *args, **kwargs))
+        params = collections.pop("params", {})
+        if collections:
+            raise InputError(
+                f"{type(self.module).__name__} keeps a collection {min(collections)!r} beside its params; "
+                f"a model here is a function of its parameters alone"
+            )
+        return params
 
     def apply(
         self,

@@ -31,6 +31,12 @@ class Precision:
             if value not in FLOATING:
                 raise InputError(f"precision {field}={value!r} is not one of {', '.join(FLOATING)}")
 
+    def require_available(self) -> None:
+        """Raise `InputError` for float64 where JAX would silently compute in float32."""
+        wide = "float64" in (self.param, self.compute, self.output)
+        if wide and jax.dtypes.canonicalize_dtype("float64") != jnp.float64:
+            raise InputError("precision float64 needs JAX_ENABLE_X64=1 in the environment; it is not set")
+
 
 FP64 = Precision("float64", "float64", "float64")
 FP32 = Precision()

@@ -31,7 +31,7 @@ class Transformer(LinenModel):
 
     `apply(params, tokens)` takes integers `[B, T]` and, by keyword, `segments` (0 is padding, 1, 2, ...
     are packed documents; tokens attend within their own) and `positions`. An encoder-decoder takes
-    `decoder_tokens` `[B, U]` and `decoder_segments` too, and returns logits for these.
+    `decoder_tokens` `[B, U]`, `decoder_segments` and `decoder_positions` too, and returns logits for these.
     """
 
     module: nn.Module = field(init=False, repr=False, compare=False)
@@ -102,6 +102,8 @@ class EncoderDecoder(nn.Module):
         decoder_tokens: jax.Array | None = None,
         segments: jax.Array | None = None,
         decoder_segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        decoder_positions: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
         if decoder_tokens is None:
@@ -109,8 +111,10 @@ class EncoderDecoder(nn.Module):
         config, embedding = self.config, Embedding(self.config, name="embedding")
         source = jnp.ones_like(tokens) if segments is None else segments
         target = jnp.ones_like(decoder_tokens) if decoder_segments is None else decoder_segments
-        memory = Encoder(config, name="encoder")(embedding, tokens, source, train)
-        hidden = Decoder(config, name="decoder")(embedding, decoder_tokens, target, memory, source, train)
+        memory = Encoder(config, name="encoder")(embedding, tokens, source, positions, train)
+        hidden = Decoder(config, name="decoder")(
+            embedding, decoder_tokens, target, decoder_positions, memory, source, train
+        )
         return hidden if self.head is None else self.head.build(config)(hidden, target, embedding.table)
 
 
@@ -121,10 +125,15 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, embedding: Embedding, tokens: jax.Array, segments: jax.Array, train: bool
+        self,
+        embedding: Embedding,
+        tokens: jax.Array,
+        segments: jax.Array,
+        positions: jax.Array | None,
+        train: bool,
     ) -> jax.Array:
         mask = Segments(segments, segments)
-        x, context = embed(self.config, embedding, tokens, mask, None, train, bidirectional=True)
+        x, context = embed(self.config, embedding, tokens, mask, positions, train, bidirectional=True)
         return finish(self.config, apply_layers(self.config, x, context))
 
 
@@ -139,12 +148,13 @@ class Decoder(nn.Module):
         embedding: Embedding,
         tokens: jax.Array,
         segments: jax.Array,
+        positions: jax.Array | None,
         memory: jax.Array,
         memory_segments: jax.Array,
         train: bool,
     ) -> jax.Array:
         mask = Causal() & Segments(segments, segments)
-        x, context = embed(self.config, embedding, tokens, mask, None, train)
+        x, context = embed(self.config, embedding, tokens, mask, positions, train)
         context = context.replace(memory=memory, memory_mask=Segments(segments, memory_segments))
         return finish(self.config, apply_layers(self.config, x, context, cross=True))
 
@@ -159,6 +169,7 @@ def embed(
     bidirectional: bool | None = None,
 ) -> tuple[jax.Array, Context]:
     """The residual stream `[B, T, D]` before the first layer, and what the layers see beside it."""
+    config.precision.require_available()
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
     x = embedding(tokens)

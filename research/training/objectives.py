@@ -18,7 +18,7 @@ Batch = Mapping[str, jax.Array]
 Tree = Any
 
 # What a batch may hold for the model beside `tokens`.
-MODEL_INPUTS = ("segments", "positions", "decoder_tokens", "decoder_segments")
+MODEL_INPUTS = ("segments", "positions", "decoder_tokens", "decoder_segments", "decoder_positions")
 
 
 class LossSums(NamedTuple):
