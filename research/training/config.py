@@ -15,9 +15,9 @@ ScheduleName = Literal["constant", "cosine", "linear", "rsqrt", "wsd"]
 class ScheduleConfig:
     """Learning rate over the steps: linear warmup, then a shape, down to `final` times the peak.
 
-    `wsd` is warmup, stable, decay: constant until the last `decay` fraction of the steps, then linear
-    (Hu et al., "MiniCPM", 2024). `rsqrt` falls as 1 / sqrt(step) (Raffel et al., 2020). `warmup` counts
-    steps, or where below 1 a fraction of all steps.
+    `wsd` is warmup, stable, decay: constant until the last `decay` fraction of the steps after the warmup,
+    then linear (Hu et al., "MiniCPM", 2024). `rsqrt` falls as 1 / sqrt(step) (Raffel et al., 2020) and
+    knows no `final`. `warmup` counts steps, or where below 1 a fraction of all steps.
     """
 
     name: ScheduleName = "cosine"

@@ -19,7 +19,9 @@ Schedule = Callable[[jax.Array], jax.Array]
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping, then the optimizer under its schedule over `steps` updates.
 
-    Decay masks look at the tree that is trained: a delta's matrices decay, its biases do not.
+    Decay is decoupled (Loshchilov and Hutter, 2019): every step takes `weight_decay` times the learning
+    rate of a matrix away, whatever the optimizer. What counts as a matrix is judged in the tree that is
+    trained: a delta's matrices decay, its biases do not.
     """
     if config.name not in OPTIMIZERS:
         raise InputError(f"optimizer {config.name!r} is unknown; valid: {', '.join(OPTIMIZERS)}")
@@ -40,8 +42,22 @@ def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> Schedule:
 
 
 def decayed(params: Any) -> Any:
-    """Which leaves weight decay acts on: those with two axes or more."""
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    """Which leaves weight decay acts on: those with two axes or more, a scan's layer axis not counted."""
+
+    def is_matrix(path: tuple, leaf: Any) -> bool:
+        return leaf.ndim - ("layers" in _keys(path)) >= 2
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _keys(path: tuple) -> list[Any]:
+    return [getattr(entry, "key", None) for entry in path]
+
+
+def _scaled(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
+    """What follows an update of unit learning rate: decoupled weight decay and the schedule."""
+    decay = optax.add_decayed_weights(config.weight_decay, decayed)
+    return optax.chain(decay, optax.scale_by_learning_rate(schedule))
 
 
 def _adamw(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
@@ -51,10 +67,9 @@ def _adamw(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransfo
 
 
 def _adafactor(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
-    decay = config.weight_decay or None
-    return optax.adafactor(
-        schedule, multiply_by_parameter_scale=False, weight_decay_rate=decay, weight_decay_mask=decayed
-    )
+    # Not optax.adafactor: its weight decay is not multiplied by the learning rate.
+    factored = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    return optax.chain(factored, _scaled(config, schedule))
 
 
 def _lion(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
@@ -62,30 +77,37 @@ def _lion(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransfor
 
 
 def _muon(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
-    return contrib.muon(
-        schedule,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=decayed,
+    # Scaled to AdamW's root mean square, so that one learning rate serves both halves (Liu et al., "Muon
+    # is Scalable for LLM Training", 2025, section 2.2). Its own weight decay would spare the tables.
+    muon = contrib.muon(
+        1.0,
+        eps=config.epsilon,
         muon_weight_dimension_numbers=_muon_matrices,
         adam_b1=config.beta1,
         adam_b2=config.beta2,
+        consistent_rms=0.2,
     )
+    return optax.chain(muon, optax.scale(-1.0), _scaled(config, schedule))
 
 
 def _muon_matrices(params: Any) -> Any:
-    """Muon orthogonalises kernels, scanned ones layer by layer; tables and vectors are left to Adam."""
+    """Muon orthogonalises kernels, scanned ones layer by layer.
+
+    Tables, vectors and output layers are left to Adam (Jordan et al., "Muon", 2024).
+    """
 
     def dimensions(path: tuple, leaf: Any) -> Any:
-        is_kernel = path and getattr(path[-1], "key", None) == "kernel" and leaf.ndim >= 2
-        axes = contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if is_kernel else None
-        return axes
+        keys = _keys(path)
+        if keys[-1:] != ["kernel"] or leaf.ndim < 2 or {"head", "classifier"} & set(keys):
+            return None
+        return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def _sgd(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
-    decay = optax.add_decayed_weights(config.weight_decay, decayed)
-    return optax.chain(decay, optax.sgd(schedule, momentum=config.beta1 or None))
+    momentum = optax.trace(config.beta1) if config.beta1 else optax.identity()
+    return optax.chain(momentum, _scaled(config, schedule))
 
 
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Schedule], optax.GradientTransformation]] = {

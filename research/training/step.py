@@ -58,7 +58,7 @@ def make_train_step(
         if scaling.dynamic:  # an overflowing step changes nothing but the scale
             new = jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state)
         scale = scaling.update(state.scale, finite)
-        norms = {"gradient_norm": optax.global_norm(gradients), "update_norm": optax.global_norm(updates)}
+        norms = {"gradient_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
         metrics = {**means(sums), **norms, "finite": finite}
         if scaling.dynamic:
             metrics |= {"loss_scale": scale.value, "skipped_steps": scale.skipped}
