@@ -1,7 +1,8 @@
 """Dynamic loss scaling for float16 (Micikevicius et al., "Mixed Precision Training", 2018, section 3.2).
 
 The loss is multiplied by a scale so that small gradients stay above float16's smallest number. A step
-whose gradients overflow is skipped and halves the scale; `growth_interval` good steps double it.
+whose gradients overflow is skipped and halves the scale, down to 1: what overflows there is not the
+scale's doing. `growth_interval` good steps double it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+SMALLEST = 1.0
 
 
 @struct.dataclass
@@ -48,7 +51,7 @@ class Scaling:
             return scale
         grow = finite & (scale.good + 1 >= self.growth_interval)
         raised = jnp.minimum(scale.value * 2, self.largest)
-        lowered = jnp.maximum(scale.value / 2, 1.0)
+        lowered = jnp.maximum(scale.value / 2, SMALLEST)
         value = jnp.where(finite, jnp.where(grow, raised, scale.value), lowered)
         good = jnp.where(finite & ~grow, scale.good + 1, 0)
         return LossScale(value, good, scale.skipped + jnp.where(finite, 0, 1))

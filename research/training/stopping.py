@@ -12,6 +12,7 @@ from typing import Any
 
 from ... import InputError
 from .config import TrainingConfig
+from .loss_scale import SMALLEST
 
 
 class NonFiniteLoss(InputError):
@@ -54,8 +55,8 @@ def interruption() -> Iterator[Interruption]:
 
 
 def require_finite(step: int, metrics: Mapping[str, Any], skips: bool) -> None:
-    """Raise `NonFiniteLoss` naming the step, unless this step's update was skipped by loss scaling."""
-    if bool(metrics["finite"]) or skips:
+    """Raise `NonFiniteLoss` naming the step, unless loss scaling `skips` it and can still go lower."""
+    if bool(metrics["finite"]) or (skips and float(metrics["loss_scale"]) > SMALLEST):
         return
     what = "gradient" if math.isfinite(float(metrics["loss"])) else "loss"
     raise NonFiniteLoss(
@@ -70,4 +71,5 @@ def out_of_patience(evaluations: Sequence[Mapping[str, float]], config: Training
         return False
     sign = -1 if config.best_mode == "max" else 1
     values = [sign * evaluation[config.best_name] for evaluation in evaluations]
+    values = [value if math.isfinite(value) else math.inf for value in values]
     return min(values[-config.patience :]) >= min(values[: -config.patience])
