@@ -1,0 +1,126 @@
+"""Logits over words and labels: ties, padded vocabularies, pooling."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from modicum import InputError
+from modicum.models import (
+    FP64,
+    MLP,
+    ClassifierHead,
+    LanguageModelHead,
+    Transformer,
+    TransformerConfig,
+    multi_head,
+)
+from modicum.models.heads import MASKED_LOGIT, pool
+from modicum.models.losses import weighted_cross_entropy
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+TOKENS = np.asarray([[3, 1, 4, 1], [5, 2, 6, 0]])
+SEGMENTS = np.asarray([[1, 1, 1, 1], [1, 1, 0, 0]])
+CONFIG = TransformerConfig(layers=1, width=8, vocab=7, attention=multi_head(2), mlp=MLP(8), precision=FP64)
+
+
+def hidden_states(config, params, **kwargs):
+    own = {name: tree for name, tree in params.items() if name not in ("head", "classifier")}
+    return np.asarray(jax.jit(Transformer(config, None).apply)(own, TOKENS, **kwargs))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_words_are_scored_by_the_table_or_by_a_kernel(tied, random_parameters, x64):
+    config = replace(CONFIG, tied=tied, logit_scale=0.25)
+    params = random_parameters(Transformer(config), TOKENS)
+    assert ("head" in params) != tied
+    kernel = params["embedding"]["table"].T if tied else params["head"]["kernel"]
+    logits = jax.jit(Transformer(config).apply)(params, TOKENS)
+    expected = hidden_states(config, params) @ kernel / 4
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("tied", [True, False])
+def test_padded_words_have_no_probability_and_no_say(tied, smoothing, random_parameters, x64):
+    config = replace(CONFIG, tied=tied, vocab_multiple=8)
+    params = random_parameters(Transformer(config), TOKENS)
+    assert params["embedding"]["table"].shape == (8, 8)
+    logits = jax.jit(Transformer(config).apply)(params, TOKENS)
+    assert (logits[..., 7] == MASKED_LOGIT).all()
+    assert (jax.nn.softmax(logits)[..., 7] == 0).all()
+
+    def loss(params, config):
+        total, weight = weighted_cross_entropy(
+            Transformer(config).apply(params, TOKENS), TOKENS, jnp.ones(TOKENS.shape), smoothing
+        )
+        return total / weight
+
+    value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, config)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert not np.asarray(gradient["embedding"]["table"])[7].any()
+    narrow = {**params, "embedding": {"table": params["embedding"]["table"][:7]}}
+    if not tied:
+        narrow["head"] = {"kernel": params["head"]["kernel"][:, :7]}
+    expected = loss(narrow, replace(config, vocab_multiple=1))
+    np.testing.assert_allclose(value, expected, rtol=1e-13)
+
+
+def test_classifier_is_linear_in_the_pooled_state(random_parameters, x64):
+    last = {0: 3, 1: 1}  # the last token of each row that is not padding
+    for pooling in ("last", "first", "mean"):
+        model = Transformer(CONFIG, ClassifierHead(3, pooling))
+        params = random_parameters(model, TOKENS)
+        hidden = hidden_states(CONFIG, params, segments=SEGMENTS)
+        pooled = {
+            "last": np.stack([hidden[row, place] for row, place in last.items()]),
+            "first": hidden[:, 0],
+            "mean": np.stack([hidden[row, : place + 1].mean(0) for row, place in last.items()]),
+        }[pooling]
+        expected = pooled @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+        logits = jax.jit(model.apply)(params, TOKENS, segments=SEGMENTS)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12)
+
+
+def test_pooling_without_segments_takes_every_token_and_with_padding_on_the_left_skips_it():
+    hidden = jnp.arange(8.0).reshape(1, 8, 1)
+    left = jnp.asarray([[0, 0, 0, 1, 1, 1, 0, 0]])
+    assert [float(pool(hidden, None, how)[0, 0]) for how in ("last", "first", "mean")] == [7, 0, 3.5]
+    assert [float(pool(hidden, left, how)[0, 0]) for how in ("last", "first", "mean")] == [5, 3, 4]
+
+
+def test_a_row_of_padding_alone_pools_to_something_finite():
+    hidden, nothing = jnp.ones((1, 4, 2)), jnp.zeros((1, 4), int)
+    for how in ("last", "first", "mean"):
+        assert jnp.isfinite(pool(hidden, nothing, how)).all()
+
+
+def test_the_mean_of_many_half_precision_states_is_taken_in_float32():
+    hidden = jnp.ones((1, 1001, 1), jnp.bfloat16)
+    assert float(pool(hidden, None, "mean")[0, 0]) == 1.0
+    assert pool(hidden, None, "mean").dtype == jnp.bfloat16
+
+
+def test_an_encoder_decoder_classifies_the_decoders_states(random_parameters, x64):
+    config = replace(CONFIG, kind="encoder-decoder")
+    model = Transformer(config, ClassifierHead(3))
+    params = random_parameters(model, TOKENS, decoder_tokens=TOKENS[:, :2])
+    assert jax.jit(model.apply)(params, TOKENS, decoder_tokens=TOKENS[:, :2]).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [({"labels": 1}, "at least 2 labels, not 1"), ({"labels": 2, "pooling": "max"}, "pooling='max'")],
+)
+def test_impossible_classifiers_are_errors(choice, message):
+    with pytest.raises(InputError, match=message):
+        ClassifierHead(**choice)
+
+
+def test_heads_are_values():
+    assert Transformer(CONFIG, ClassifierHead(3)) == Transformer(CONFIG, ClassifierHead(3))
+    assert Transformer(CONFIG, LanguageModelHead()) == Transformer(CONFIG)
+    assert Transformer(CONFIG, None) != Transformer(CONFIG)
+    assert hash(Transformer(CONFIG)) == hash(Transformer(replace(CONFIG)))
