@@ -13,7 +13,7 @@ from jax import Array
 
 from ... import InputError
 from .masks import Sizes, broadcast_mismatch
-from .spans import Span, relative
+from .spans import Span, pad, relative
 from .trees import AnyArray, structural
 
 B = TypeVar("B", bound="Bias")
@@ -39,6 +39,10 @@ class Bias:
         """Why the arrays of this bias do not fit `sizes`, or None where they do."""
         raise NotImplementedError
 
+    def extended(self, queries: int, keys: int) -> "Bias":
+        """This bias with its arrays padded to `queries` and `keys` positions."""
+        return self
+
 
 @structural
 class Dense(Bias):
@@ -53,7 +57,8 @@ class Dense(Bias):
     def add_gradient(self, total: "Dense", gradient: Array, rows: Span, columns: Span) -> "Dense":
         """Adds in place: the transpose of a slice would write the whole array once a tile."""
         have = self.tile(rows, columns)
-        start = (0, 0, rows.start if have.shape[2] > 1 else 0, columns.start if have.shape[3] > 1 else 0)
+        row, column = (rows.start if have.shape[2] > 1 else 0), (columns.start if have.shape[3] > 1 else 0)
+        start = [jnp.asarray(i, jnp.int32) for i in (0, 0, row, column)]
         old = jax.lax.dynamic_slice(total.values, start, have.shape)
         new = old + _sum_to(gradient, have.shape).astype(old.dtype)
         return Dense(jax.lax.dynamic_update_slice(total.values, new, start))
@@ -61,6 +66,10 @@ class Dense(Bias):
     def mismatch(self, sizes: Sizes) -> str | None:
         """Four axes, each of full size or 1."""
         return broadcast_mismatch("bias", self.values, sizes)
+
+    def extended(self, queries: int, keys: int) -> "Dense":
+        """Zeros beyond."""
+        return Dense(pad(pad(self.values, 2, queries), 3, keys))
 
 
 @structural
@@ -83,7 +92,7 @@ class Bucketed(Bias):
         first = columns.start - rows.start - self.offset
         # distance d >= 0 stands at index d, d < 0 at t + s + d, as `_toeplitz` reads them
         order = jnp.arange(rows.size + columns.size)
-        distance = first + jnp.where(order < columns.size, order, order - order.size)
+        distance = jnp.asarray(first + jnp.where(order < columns.size, order, order - order.size))
         values = jnp.asarray(self.table)[self.bucket(distance)]
         return _toeplitz(values.T, rows.size, columns.size)[None]
 
@@ -131,7 +140,7 @@ class ALiBi(Bias):
     def tile(self, rows: Span, columns: Span) -> Array:
         """Distance times slope, `[1, H, t, s]`."""
         distance = jnp.abs(relative(rows, columns) - self.offset).astype(self.slopes.dtype)
-        return (-self.slopes[:, None, None] * distance)[None]
+        return (-jnp.asarray(self.slopes)[:, None, None] * distance)[None]
 
     def mismatch(self, sizes: Sizes) -> str | None:
         """A slope a head."""

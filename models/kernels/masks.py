@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ... import InputError
-from .spans import Span, relative
+from .spans import Span, pad, relative
 from .trees import AnyArray, structural
 
 
@@ -36,6 +36,10 @@ class Mask:
     def mismatch(self, sizes: Sizes) -> str | None:
         """Why the arrays of this mask do not fit `sizes`, or None where they do."""
         return None
+
+    def extended(self, queries: int, keys: int) -> "Mask":
+        """This mask with its arrays padded to `queries` and `keys` positions, whatever is allowed there."""
+        return self
 
     def __and__(self, other: "Mask") -> "Mask":
         return And((*_parts(self, And), *_parts(other, And)))
@@ -157,12 +161,16 @@ class Segments(Mask):
                 return f"Segments.{name} has shape {list(jnp.shape(array))}; it must be {list(valid[0])}"
         return None
 
+    def extended(self, queries: int, keys: int) -> "Segments":
+        """Padding is padding."""
+        return Segments(pad(self.query, 1, queries), pad(self.keys(), 1, keys))
+
 
 @structural
 class Lengths(Mask):
-    """Every query of batch row b sees the first `lengths[b]` keys; `lengths` is int32 `[B]`."""
+    """Every query of batch row b sees the first `lengths[b]` keys: int32 `[B]`, or one static int for all."""
 
-    lengths: AnyArray
+    lengths: int | AnyArray
 
     def predicate(self, rows: Span, columns: Span) -> Array:
         """The columns before the length, `[B, 1, 1, s]`."""
@@ -170,7 +178,7 @@ class Lengths(Mask):
 
     def mismatch(self, sizes: Sizes) -> str | None:
         """One length a batch row."""
-        return _vector_mismatch("Lengths.lengths", self.lengths, sizes.batch)
+        return _vector_mismatch("Lengths.lengths", self.lengths, sizes.batch, scalar=True)
 
 
 @structural
@@ -191,6 +199,10 @@ class Dense(Mask):
             )
         return broadcast_mismatch("Dense.allowed", self.allowed, sizes)
 
+    def extended(self, queries: int, keys: int) -> "Dense":
+        """Nothing more is allowed."""
+        return Dense(pad(pad(self.allowed, 2, queries), 3, keys))
+
 
 @structural
 class And(Mask):
@@ -205,6 +217,10 @@ class And(Mask):
     def mismatch(self, sizes: Sizes) -> str | None:
         """The first part that does not fit."""
         return next(filter(None, (part.mismatch(sizes) for part in self.parts)), None)
+
+    def extended(self, queries: int, keys: int) -> "And":
+        """Each part by itself."""
+        return And(tuple(part.extended(queries, keys) for part in self.parts))
 
 
 @structural
@@ -221,6 +237,10 @@ class Or(Mask):
         """The first part that does not fit."""
         return next(filter(None, (part.mismatch(sizes) for part in self.parts)), None)
 
+    def extended(self, queries: int, keys: int) -> "Or":
+        """Each part by itself."""
+        return Or(tuple(part.extended(queries, keys) for part in self.parts))
+
 
 @structural
 class Not(Mask):
@@ -235,6 +255,10 @@ class Not(Mask):
     def mismatch(self, sizes: Sizes) -> str | None:
         """That of the part."""
         return self.part.mismatch(sizes)
+
+    def extended(self, queries: int, keys: int) -> "Not":
+        """Of the part."""
+        return Not(self.part.extended(queries, keys))
 
 
 def describe(node: object) -> str:

@@ -4,12 +4,13 @@ import functools
 import logging
 
 from ... import InputError
+from .chunked import Chunked
 from .reference import Reference
 from .request import Implementation, Request
 
 logger = logging.getLogger("modicum.kernels")
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Reference(),)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Chunked(), Reference())
 
 
 def implementations() -> tuple[Implementation, ...]:

@@ -27,6 +27,14 @@ class Span(NamedTuple):
         return lax.dynamic_slice_in_dim(array, self.start, self.size, axis=axis)
 
 
+def pad(array: AnyArray, axis: int, length: int) -> Array:
+    """`array` with zeros up to `length` along `axis`; an axis of size 1 broadcasts and stays."""
+    have = array.shape[axis]
+    if have in (1, length):
+        return jnp.asarray(array)
+    return jnp.pad(array, [(0, length - have if i == axis else 0) for i in range(array.ndim)])
+
+
 def relative(rows: Span, columns: Span) -> Array:
     """Key index minus query index for each pair, int32 `[t, s]`."""
     return columns.indices()[None, :] - rows.indices()[:, None]

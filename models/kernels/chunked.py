@@ -1,0 +1,248 @@
+"""Attention tile by tile in plain XLA: online softmax, time for live tiles only, memory linear in length.
+
+The forward pass visits the tiles of the score matrix that hold allowed pairs and keeps for each query the
+greatest score, the sum of exponentials and the weighted values (Milakov & Gimelshein 2018, "Online
+normalizer calculation for softmax"; Rabe & Staats 2021, "Self-attention does not need O(n²) memory"). The
+backward pass computes each tile again from the log-sum-exp (Dao et al. 2022, "FlashAttention", §3).
+
+Batch and heads stay the leading axes of every product, so where they are sharded nothing is gathered.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from .biases import Bias
+from .blocks import FULL, PARTIAL, SKIP, Grid, dynamic_blocks, is_dynamic, static_blocks
+from .masks import Lengths, Mask
+from .reference import group_heads
+from .request import Request
+from .spans import Span, accumulation_dtype, pad
+from .trees import AnyArray
+
+Carry = Any
+Residuals = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunked:
+    """XLA on any platform, with everything `attention` offers; `block` 0 chooses tiles by length."""
+
+    name: str = "chunked"
+    block: int = 0
+
+    def supports(self, request: Request) -> str | None:
+        """It can do every request."""
+        return None
+
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Mask,
+        bias: Bias | None,
+        scale: float,
+        soft_cap: float | None,
+    ) -> tuple[Array, Array]:
+        """Output `[B, T, H, K]` and log-sum-exp `[B, H, T]`."""
+        queries, keys = q.shape[1], k.shape[1]
+        target = self.block or (128 if max(queries, keys) <= 512 else 256)
+        rows, columns = block_size(queries, target), block_size(keys, target)
+        grid = Grid(-(-queries // rows) * rows, -(-keys // columns) * columns, rows, columns)
+        mask = mask.extended(grid.queries, grid.keys)
+        if grid.keys > keys:
+            mask = mask & Lengths(keys)
+        if bias is not None:
+            bias = bias.extended(grid.queries, grid.keys)
+        q, k, v = pad(q, 1, grid.queries), pad(k, 1, grid.keys), pad(v, 1, grid.keys)
+        out, lse = _attend(Plan(grid, scale, soft_cap), q, k, v, mask, bias)
+        return out[:, :queries], lse[:, :, :queries]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static part of a call: how the scores are cut and formed."""
+
+    grid: Grid
+    scale: float
+    soft_cap: float | None
+
+
+class Tile(NamedTuple):
+    """A piece of the score matrix; without `mask` all its pairs are allowed."""
+
+    rows: Span
+    columns: Span
+    mask: Mask | None
+
+
+def block_size(length: int, target: int) -> int:
+    """The size, near `target` and a multiple of 8, that cuts `length` into blocks with little padding."""
+    if length <= target:
+        return length
+    count = -(-length // target)
+    return -(-length // count // 8) * 8
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, q: Array, k: Array, v: Array, mask: Mask, bias: Bias | None) -> tuple[Array, Array]:
+    return _forward(plan, q, k, v, mask, bias)[0]
+
+
+def _forward(
+    plan: Plan, q: Array, k: Array, v: Array, mask: Mask, bias: Bias | None
+) -> tuple[tuple[Array, Array], Residuals]:
+    (batch, queries, heads, _), groups = q.shape, k.shape[2]
+    dtype = accumulation_dtype(q.dtype)
+
+    def visit(carry: Carry, tile: Tile) -> Carry:
+        out, top, total = carry
+        raw = _raw_scores(plan, _rows(q, tile, groups), _columns(k, tile), tile, bias)
+        scores = _cap_and_mask(plan, raw, tile)
+        old_top, old_total = tile.rows.cut(top, 3), tile.rows.cut(total, 3)
+        new_top = jnp.maximum(old_top, scores.max(-1))
+        finite = jnp.where(new_top == -jnp.inf, 0, new_top)  # no key so far: exp(-inf - 0) = 0
+        weights, shrink = jnp.exp(scores - finite[..., None]), jnp.exp(old_top - finite)
+        values = _product("bgrts,bgsk->bgrtk", weights.astype(v.dtype), _columns(v, tile))
+        out = _put(out, _ungroup(_rows(out, tile, groups) * shrink[..., None] + values), tile.rows, 1)
+        total = _put(total, old_total * shrink + weights.sum(-1), tile.rows, 3)
+        return out, _put(top, new_top, tile.rows, 3), total
+
+    zeros = jnp.zeros((batch, groups, heads // groups, queries), dtype)
+    start = (jnp.zeros((batch, queries, heads, v.shape[3]), dtype), zeros - jnp.inf, zeros)
+    out, top, total = _over_tiles(plan.grid, mask, visit, start)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total)).reshape(batch, heads, queries)
+    inverse = (1 / total).reshape(batch, heads, queries).swapaxes(1, 2)[..., None]
+    out = (out * inverse).astype(q.dtype)
+    return (out, lse), (q, k, v, mask, bias, out, lse)
+
+
+def _backward(plan: Plan, residuals: Residuals, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    q, k, v, mask, bias, out, lse = residuals
+    (d_out, d_lse), groups = cotangents, k.shape[2]
+    delta = _product("bthk,bthk->bht", out, d_out) - d_lse
+    empty = lse == -jnp.inf
+    delta = group_heads(jnp.where(empty, 0, delta), groups)
+    norm = group_heads(jnp.where(empty, jnp.inf, lse), groups)  # a row without a key: exp(-inf - inf) = 0
+
+    def visit(carry: Carry, tile: Tile) -> Carry:
+        dq, dk, dv, d_bias = carry
+        q_tile, d_out_tile = _rows(q, tile, groups), _rows(d_out, tile, groups)
+        k_tile, v_tile = _columns(k, tile), _columns(v, tile)
+        raw = _raw_scores(plan, q_tile, k_tile, tile, bias)
+        weights = jnp.exp(_cap_and_mask(plan, raw, tile) - tile.rows.cut(norm, 3)[..., None])
+        d_weights = _product("bgrtk,bgsk->bgrts", d_out_tile, v_tile)
+        d_scores = weights * (d_weights - tile.rows.cut(delta, 3)[..., None])
+        if plan.soft_cap is not None:
+            d_scores *= 1 - jnp.tanh(raw / plan.soft_cap) ** 2
+        if bias is not None:
+            d_bias = bias.add_gradient(d_bias, _merge_heads(d_scores), tile.rows, tile.columns)
+        d_scores = (d_scores * plan.scale).astype(q.dtype)
+        dq = _add(dq, _ungroup(_product("bgrts,bgsk->bgrtk", d_scores, k_tile)), tile.rows, 1)
+        # [K, s] and not [s, K]: for the latter XLA:CPU transposes the large factor (26 against 76 GFLOP/s)
+        dk = _add(dk, _product("bgrtk,bgrts->bgks", q_tile, d_scores), tile.columns, 3)
+        dv = _add(dv, _product("bgrtk,bgrts->bgks", d_out_tile, weights.astype(v.dtype)), tile.columns, 3)
+        return dq, dk, dv, d_bias
+
+    zeros = functools.partial(jnp.zeros, dtype=lse.dtype)
+    d_bias = jax.tree.map(lambda x: zeros(x.shape), bias)
+    start = (zeros(q.shape), *(zeros((*x.shape[::2], x.shape[3], x.shape[1])) for x in (k, v)), d_bias)
+    dq, dk, dv, d_bias = _over_tiles(plan.grid, mask, visit, start)
+    dk, dv = (x.transpose(0, 3, 1, 2) for x in (dk, dv))
+    d_bias = jax.tree.map(_cotangent, d_bias, bias)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_bias
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _over_tiles(grid: Grid, mask: Mask, visit: Callable[[Carry, Tile], Carry], carry: Carry) -> Carry:
+    """Fold `visit` over the tiles with allowed pairs: those wholly allowed first, which need no mask.
+
+    Tiles that the structure of the mask rules out are never in the loop; those that its arrays rule out are
+    sorted to the end on the device, and the loop stops before them.
+    """
+    blocks = static_blocks(mask, grid)
+    for wanted, tile_mask in ((FULL, None), (PARTIAL, mask)):
+        tiles = np.argwhere(blocks == wanted).astype(np.int32)
+        order: Array = jnp.asarray(tiles)
+        count: int | Array = len(tiles)
+        if wanted == PARTIAL and len(tiles) > 1 and is_dynamic(mask):
+            live = (dynamic_blocks(mask, grid) != SKIP).any((0, 1))[tiles[:, 0], tiles[:, 1]]
+            order, count = order[jnp.argsort(~live)], live.sum()
+
+        def step(i: Any, carry: Carry, order: AnyArray = order, tile_mask: Mask | None = tile_mask) -> Carry:
+            rows = Span(order[i, 0] * grid.rows, grid.rows)
+            return visit(carry, Tile(rows, Span(order[i, 1] * grid.columns, grid.columns), tile_mask))
+
+        if len(tiles):
+            carry = lax.fori_loop(0, count, step, carry)
+    return carry
+
+
+def _raw_scores(plan: Plan, q: Array, k: Array, tile: Tile, bias: Bias | None) -> Array:
+    """The scores of a tile before soft cap and mask, `[B, G, R, t, s]`."""
+    scores = _product("bgrtk,bgsk->bgrts", q, k) * plan.scale
+    if bias is not None:
+        scores += group_heads(bias.tile(tile.rows, tile.columns), k.shape[1]).astype(scores.dtype)
+    return scores
+
+
+def _cap_and_mask(plan: Plan, scores: Array, tile: Tile) -> Array:
+    if plan.soft_cap is not None:
+        scores = plan.soft_cap * jnp.tanh(scores / plan.soft_cap)
+    if tile.mask is None:
+        return scores
+    allowed = group_heads(tile.mask.predicate(tile.rows, tile.columns), scores.shape[1])
+    return jnp.where(allowed, scores, -jnp.inf)
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=accumulation_dtype(a.dtype))
+
+
+def _cotangent(gradient: Array, like: AnyArray) -> Array | np.ndarray:
+    """The gradient in the type of the array it belongs to; integers, such as an offset, have none."""
+    if jnp.issubdtype(like.dtype, jnp.floating):
+        return gradient.astype(like.dtype)
+    return np.zeros(like.shape, jax.dtypes.float0)
+
+
+def _rows(array: Array, tile: Tile, groups: int) -> Array:
+    """The rows of `[B, T, H, K]` as `[B, G, R, t, K]`."""
+    part = tile.rows.cut(array, 1)
+    batch, size, heads, width = part.shape
+    return part.reshape(batch, size, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+
+
+def _columns(array: Array, tile: Tile) -> Array:
+    """The columns of `[B, S, G, K]` as `[B, G, s, K]`."""
+    return tile.columns.cut(array, 1).transpose(0, 2, 1, 3)
+
+
+def _ungroup(part: Array) -> Array:
+    """`[B, G, R, t, K]` to `[B, t, H, K]`."""
+    batch, groups, repeats, size, width = part.shape
+    return part.transpose(0, 3, 1, 2, 4).reshape(batch, size, groups * repeats, width)
+
+
+def _merge_heads(part: Array) -> Array:
+    """`[B, G, R, t, s]` to `[B, H, t, s]`."""
+    return part.reshape(part.shape[0], -1, *part.shape[3:])
+
+
+def _put(array: Array, tile: Array, span: Span, axis: int) -> Array:
+    return lax.dynamic_update_slice_in_dim(array, tile, span.start, axis)
+
+
+def _add(array: Array, tile: Array, span: Span, axis: int) -> Array:
+    return _put(array, lax.dynamic_slice_in_dim(array, span.start, span.size, axis) + tile, span, axis)

@@ -1,0 +1,283 @@
+"""Every implementation against the reference, and the reference against the definition in numpy."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from modicum.models.kernels import (
+    ALiBi,
+    Bucketed,
+    Causal,
+    Dense,
+    DenseBias,
+    Full,
+    Lengths,
+    Prefix,
+    Segments,
+    Window,
+    attention,
+    attention_probabilities,
+)
+from modicum.models.kernels.chunked import Chunked
+from modicum.models.kernels.reference import Reference
+from modicum.models.kernels.spans import Span
+
+B, H, K = 2, 4, 8
+RAGGED, EVEN = (21, 29), (24, 24)  # T, S: with blocks of 8 the first needs padding
+
+
+def arrays(queries, keys, groups, dtype=jnp.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(B, queries, H, K), (B, keys, groups, K), (B, keys, groups, K)]
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def masks(queries, keys):
+    rng = np.random.default_rng(1)
+    segments = Segments(*(jnp.asarray(np.sort(rng.integers(0, 4, (B, n)))) for n in (queries, keys)))
+    lengths = jnp.array([3, keys])
+    return {
+        "full": Full(),
+        "causal": Causal(),
+        "causal, traced offset": Causal(jnp.array([2, -9])),  # the second row has no key at first
+        "window": Window(5, 3),
+        "prefix": Prefix(lengths),
+        "segments": segments,
+        "lengths": Lengths(jnp.array([0, 11])),
+        "dense": Dense(jnp.asarray(rng.random((B, 1, queries, keys)) < 0.3)),
+        "packed causal": Causal() & segments,
+        "tree": (Causal() & ~Window(2, 0))
+        | (Lengths(lengths) & Dense(jnp.asarray(rng.random((1, H, 1, keys)) < 0.5))),
+    }
+
+
+def biases(queries, keys, dtype=jnp.float64):
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    return {
+        "none": None,
+        "dense": DenseBias(draw(1, H, queries, keys)),
+        "dense, broadcast": DenseBias(draw(B, 1, 1, keys)),
+        "bucketed": Bucketed(draw(8, H), max_distance=16),
+        "bucketed, one side": Bucketed(draw(8, H), bidirectional=False, max_distance=16, offset=jnp.array(3)),
+        "alibi": ALiBi(jnp.abs(draw(H)), offset=2),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def values_and_gradients(implementation, soft_cap, q, k, v, mask, bias):
+    """Output, log-sum-exp and the gradients of a random function of both."""
+
+    def call(q, k, v, bias):
+        out, lse = implementation(q, k, v, mask, bias, 0.4, soft_cap)
+        return out, lse
+
+    (out, lse), pull = jax.vjp(call, q, k, v, bias)
+    keys = jax.random.split(jax.random.key(0))
+    cotangents = jax.random.normal(keys[0], out.shape), jax.random.normal(keys[1], lse.shape)
+    return out, lse, pull(tuple(c.astype(x.dtype) for c, x in zip(cotangents, (out, lse))))
+
+
+def assert_same(found, wanted, forward, gradient):
+    """Gradients are compared on the scale of the largest."""
+    for name, a, b, tolerance in zip(("output", "lse"), found, wanted, (forward, forward)):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
+    leaves = [x for x in zip(*map(jax.tree.leaves, (found[2], wanted[2]))) if x[0].dtype != jax.dtypes.float0]
+    for i, (a, b) in enumerate(leaves):
+        np.testing.assert_allclose(
+            a, b, rtol=gradient, atol=gradient * max(1, float(abs(b).max())), err_msg=i
+        )
+
+
+def compare(mask, bias, groups, soft_cap, shape, dtype=jnp.float64, forward=1e-10, gradient=1e-10):
+    given = (*arrays(*shape, groups, dtype), masks(*shape)[mask], biases(*shape, dtype)[bias])
+    wanted = values_and_gradients(Reference(), soft_cap, *given)
+    assert_same(values_and_gradients(Chunked(block=8), soft_cap, *given), wanted, forward, gradient)
+
+
+MASKS, BIASES = list(masks(*EVEN)), list(biases(*EVEN))
+OPTIONS = list(itertools.product((4, 2, 1), (None, 2.0), (RAGGED, EVEN)))
+GRID = list(itertools.product(MASKS, BIASES))
+# each mask meets each kind of bias in the slow test, and every other option at least once in the fast one
+FAST = [
+    (MASKS[i % len(MASKS)], BIASES[(i + i // len(MASKS)) % len(BIASES)], *OPTIONS[(5 * i) % len(OPTIONS)])
+    for i in range(len(OPTIONS) + 4)
+]
+
+
+@pytest.mark.parametrize(("mask", "bias", "groups", "soft_cap", "shape"), FAST, ids=str)
+def test_chunked_is_the_reference_in_float64(x64, mask, bias, groups, soft_cap, shape):
+    compare(mask, bias, groups, soft_cap, shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("groups", "soft_cap", "shape"), OPTIONS, ids=str)
+def test_chunked_is_the_reference_in_float64_in_every_combination(x64, groups, soft_cap, shape):
+    for mask, bias in GRID:
+        compare(mask, bias, groups, soft_cap, shape)
+
+
+@pytest.mark.parametrize(
+    ("mask", "bias", "groups", "soft_cap", "shape"),
+    [
+        ("packed causal", "bucketed", 2, None, RAGGED),
+        ("causal", "none", 4, None, EVEN),
+        ("window", "alibi", 1, 2.0, EVEN),
+    ],
+    ids=str,
+)
+def test_chunked_is_the_reference_in_float32(mask, bias, groups, soft_cap, shape):
+    compare(mask, bias, groups, soft_cap, shape, jnp.float32, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("examples", [3, pytest.param(60, marks=pytest.mark.slow)])
+def test_chunked_is_the_reference_on_random_masks(x64, random_masks, examples):
+    q, k, v = arrays(*RAGGED, 2)
+
+    @settings(max_examples=examples, deadline=None, database=None)
+    @given(mask=random_masks(B, H, *RAGGED))
+    def check(mask):
+        given = (q, k, v, mask, None)
+        wanted = values_and_gradients(Reference(), None, *given)
+        assert_same(values_and_gradients(Chunked(block=8), None, *given), wanted, 1e-10, 1e-10)
+
+    check()
+
+
+def test_reference_is_the_definition(x64):
+    q, k, v = arrays(*RAGGED, 2)
+    mask, bias = masks(*RAGGED)["tree"], biases(*RAGGED)["dense"]
+    out, lse = Reference()(q, k, v, mask, bias, 0.3, 5.0)
+    allowed = np.asarray(mask.predicate(Span(0, RAGGED[0]), Span(0, RAGGED[1])))
+    allowed = np.broadcast_to(allowed, (B, H, *RAGGED))
+    for b, h, t in np.ndindex(B, H, RAGGED[0]):
+        live = allowed[b, h, t]
+        scores = np.array(k[b, live, h // 2] @ q[b, t, h]) * 0.3 + np.array(bias.values[0, h, t, live])
+        weights = np.exp(5 * np.tanh(scores / 5))
+        np.testing.assert_allclose(lse[b, h, t], np.log(weights.sum()) if live.any() else -np.inf)
+        expected = weights / max(weights.sum(), 1e-300) @ np.array(v[b, live, h // 2])
+        np.testing.assert_allclose(out[b, t, h], expected, atol=1e-14)
+
+
+def test_gradients_of_the_reference_are_those_of_differences(x64):
+    q, k, v = arrays(3, 5, 2)
+    bias = biases(3, 5)["bucketed"]
+
+    def call(q, k, v, bias):
+        out, lse = Reference()(q, k, v, Causal(1), bias, 0.4, 2.0)
+        return out, lse
+
+    jax.test_util.check_grads(call, (q, k, v, bias), order=1, modes=("rev",), eps=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [Reference(), Chunked(block=8)], ids=lambda i: i.name)
+def test_a_query_without_keys_gives_nothing_and_learns_nothing(x64, implementation):
+    q, k, v = arrays(*RAGGED, 2)
+    mask = Lengths(jnp.array([0, 29])) & ~(Window(0, 0) | ~Causal())  # row 0, and query 0 of row 1
+    out, lse, (dq, dk, dv, _) = values_and_gradients(implementation, None, q, k, v, mask, None)
+    assert (out[0] == 0).all() and (lse[0] == -jnp.inf).all()
+    assert (out[1, 0] == 0).all() and (lse[1, :, 0] == -jnp.inf).all()
+    assert (dq[0] == 0).all() and (dk[0] == 0).all() and (dv[0] == 0).all() and (dq[1, 0] == 0).all()
+    assert jnp.isfinite(lse[1, :, 1:]).all()
+    assert all(jnp.isfinite(x).all() and abs(x[1]).max() > 0 for x in (dq, dk, dv))
+
+
+def test_bfloat16_errs_no_more_than_twice_the_plain_softmax(x64):
+    exact = arrays(*EVEN, 2)
+    half = [x.astype(jnp.bfloat16) for x in exact]
+    wanted = values_and_gradients(Reference(), None, *(x.astype(jnp.float64) for x in half), Causal(), None)
+    plain = values_and_gradients(Reference(), None, *half, Causal(), None)
+    ours = values_and_gradients(Chunked(block=8), None, *half, Causal(), None)
+    for name, exact, plain, ours in zip(
+        ["out", "lse", "dq", "dk", "dv"], *map(jax.tree.leaves, (wanted, plain, ours))
+    ):
+        error, limit = (float(abs(x.astype(jnp.float64) - exact).max()) for x in (ours, plain))
+        assert error <= 2 * limit, (name, error, limit)
+    assert ours[0].dtype == jnp.bfloat16 and ours[1].dtype == jnp.float32
+
+
+def test_the_log_sum_exp_merges_two_halves_of_the_keys(x64):
+    q, k, v = arrays(24, 32, 2)
+    chunked = Chunked(block=8)
+
+    def halves(q, k, v):
+        first, a = chunked(q, k[:, :16], v[:, :16], Causal(), None, 0.4, None)
+        second, b = chunked(q, k[:, 16:], v[:, 16:], Causal(-16), None, 0.4, None)
+        weight = jax.nn.sigmoid(a - b).swapaxes(1, 2)[..., None]
+        return weight * first + (1 - weight) * second
+
+    whole = lambda q, k, v: chunked(q, k, v, Causal(), None, 0.4, None)[0]  # noqa: E731
+    found, pull = jax.vjp(jax.jit(halves), q, k, v)
+    wanted, pull_wanted = jax.vjp(jax.jit(whole), q, k, v)
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+    for a, b in zip(pull(found), pull_wanted(found)):
+        np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+def test_vmap_scan_and_remat_change_nothing(x64):
+    q, k, v = arrays(*EVEN, 2)
+    mask = masks(*EVEN)["packed causal"]
+
+    def loss(q, k, v, mask):
+        return (attention(q, k, v, mask=mask, impl="chunked") ** 2).sum()
+
+    one = jax.tree.map(lambda x: x[:, None], (q, k, v, mask))
+    wanted = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v, mask)
+    mapped = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))(*one)
+    scanned = jax.jit(
+        lambda xs: jax.lax.scan(lambda _, x: (None, jax.grad(loss, (0, 1, 2))(*x)), None, xs)[1]
+    )(one)
+    again = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1, 2)))(q, k, v, mask)
+    for a, b, c, d in zip(wanted, mapped, scanned, again):
+        np.testing.assert_allclose(b[:, 0], a, atol=1e-12)
+        np.testing.assert_allclose(c[:, 0], a, atol=1e-12)
+        np.testing.assert_allclose(d, a, atol=1e-12)
+
+
+def test_batch_and_heads_may_be_sharded_without_gathering(x64):
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4]
+    )
+    q, k, v = arrays(*EVEN, 2)
+    place = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+    chunked = Chunked(block=8)
+
+    def loss(q, k, v):
+        return (chunked(q, k, v, Causal(), None, 0.4, None)[0] ** 2).sum()
+
+    step = jax.jit(jax.grad(loss, (0, 1, 2)), in_shardings=place, out_shardings=place)
+    text = step.lower(q, k, v).compile().as_text()
+    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
+    for a, b in zip(step(q, k, v), jax.grad(loss, (0, 1, 2))(q, k, v)):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_probabilities_give_the_output(x64):
+    q, k, v = arrays(*RAGGED, 2)
+    pattern = attention_probabilities(q, k, mask=Causal(), scale=0.4)
+    out = attention(q, k, v, mask=Causal(), scale=0.4, impl="chunked")
+    np.testing.assert_allclose(pattern.sum(-1), 1)
+    np.testing.assert_allclose(jnp.einsum("bhts,bshk->bthk", pattern, v.repeat(2, 2)), out, atol=1e-12)
+
+
+def test_values_may_have_another_width(x64):
+    q, k, v = arrays(*RAGGED, 2)
+    given = (q, k, v[..., :3], Causal(), None)
+    found, wanted = (values_and_gradients(i, None, *given) for i in (Chunked(block=8), Reference()))
+    assert found[0].shape == (B, RAGGED[0], H, 3)
+    assert_same(found, wanted, 1e-10, 1e-10)
+
+
+def test_memory_grows_with_the_length_and_not_its_square():
+    def temporary(length):
+        q = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
+        step = jax.grad(lambda q, k, v: attention(q, k, v, mask=Causal(), impl="chunked").sum(), (0, 1, 2))
+        return jax.jit(step).lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) < 4096 * 4096 * 4 / 4
+    assert temporary(8192) < 3 * temporary(4096)
