@@ -37,6 +37,7 @@ class Site:
 class SiteMethod(ABC):
     """A delta at a module's boundary: it sees the call's arguments and its outputs.
 
+    `reads` says that `init` looks at the values of the site's parameters and not only at their shapes.
     `neutral` is a value for all its variables, state included, that changes nothing: layers of a scan
     outside the address get it.
     """
@@ -44,6 +45,7 @@ class SiteMethod(ABC):
     name: ClassVar[str]
     positions: ClassVar[tuple[str, ...]]
     at: ClassVar[str] = "__call__"
+    reads: ClassVar[bool] = False
     neutral: ClassVar[float] = 0.0
 
     @property

@@ -87,7 +87,11 @@ def init_site(
 
     A layer's numbers depend on `rng` and on the layer, and not on whether layers are scanned.
     """
+    if hit.rows is not None and not call.lead:
+        raise InputError(f"{path}: the address has a layer range, but no layers are stacked here")
     own = own_params(node_at(params, path))
+    if not method.reads:  # shapes do, and slices of large arrays need not be made
+        own = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(call.lead) :], leaf.dtype), own)
 
     def one(key: jax.Array, layer: Variables) -> tuple[Variables, Variables]:
         site, (first, second) = Site(path, call.module, layer), jax.random.split(key)
@@ -95,23 +99,17 @@ def init_site(
         return method.init(first, site, *inputs), method.state(second, site, *inputs)
 
     if not call.lead:
-        if hit.rows is not None:
-            raise InputError(f"{path}: the address has a layer range, but no layers are stacked here")
-        return one(_key(rng, f"{path}/{name}"), own)
+        return one(_keys(rng, [f"{path}/{name}"])[0], own)
     rows = np.arange(call.lead[0]) if hit.rows is None else np.asarray(hit.rows)
-    keys = jnp.stack([_key(rng, f"{each}/{name}") for each in _layer_paths(path, call, rows, params)])
+    keys = _keys(rng, [f"{each}/{name}" for each in _layer_paths(path, call, rows, params)])
 
-    def rest(key: jax.Array, layer: Variables, sizes: tuple[int, ...]) -> tuple[Variables, Variables]:
+    def each(key: jax.Array, layer: Variables, sizes: tuple[int, ...]) -> tuple[Variables, Variables]:
         if not sizes:
-            return one(key, layer)
-        return jax.vmap(partial(rest, sizes=sizes[1:]))(jax.random.split(key, sizes[0]), layer)
+            return one(key, layer if method.reads else own)
+        return jax.vmap(partial(each, sizes=sizes[1:]))(jax.random.split(key, sizes[0]), layer)
 
-    def program(keys: jax.Array, own: Variables) -> tuple[Variables, Variables]:
-        chosen = jax.tree.map(lambda leaf: leaf[rows], own)
-        return jax.vmap(partial(rest, sizes=call.lead[1:]))(keys, chosen)
-
-    # Compiled as one program, so that parameters which the method does not look at are never copied.
-    return jax.jit(program)(keys, own)
+    layers = jax.tree.map(lambda leaf: leaf[rows], own) if method.reads else {}
+    return jax.vmap(partial(each, sizes=call.lead[1:]))(keys, layers)
 
 
 def apply_sites(
@@ -233,5 +231,6 @@ def _layer_paths(path: str, call: Call, rows: np.ndarray, params: Variables) -> 
     return [f"{call.stack}_{row * period + int(slot[1] if slot else 0)}{tail}" for row in rows]
 
 
-def _key(rng: jax.Array, path: str) -> jax.Array:
-    return jax.random.fold_in(rng, zlib.crc32(path.encode()))
+def _keys(rng: jax.Array, paths: list[str]) -> jax.Array:
+    hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
+    return jax.vmap(partial(jax.random.fold_in, rng))(hashes)

@@ -36,7 +36,7 @@ def initial(model, tokens, **options):
 @pytest.mark.parametrize("method", [LoRA(2), Adapter(2), BitFit(), Full()])
 @pytest.mark.parametrize("options", [{}, {"scan": True, "remat": "full"}], ids=["unrolled", "scanned"])
 def test_default_positions_start_at_the_backbone(decoder, tokens, method, options):
-    model = decoder(**options)
+    model = decoder(layers=2, **options)
     params = initial(model, tokens)
     tuned = attach(model, method)
     variables = tuned.init(jax.random.key(1), params, tokens)
