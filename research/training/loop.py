@@ -131,15 +131,15 @@ def train(
             last = step == config.steps
             evaluating = job.evaluate is not None and _due(step, config.evaluate_every, last)
             saving = checkpoints is not None and (evaluating or _due(step, config.checkpoint_every, last))
-            if evaluating or saving or stop or last or step == start + 1 or step % config.log_every == 0:
+            signal = None if last else stop.signal  # read once: what is saved must have been flushed
+            if evaluating or saving or signal or last or step == start + 1 or step % config.log_every == 0:
                 recorder.flush()
             if evaluating:
                 means = _evaluate(job, config, state.evaluated, program.frozen)
                 recorder.evaluated(step, means)
                 evaluations.append({"step": step, **means})
                 stopped = None if last else _impatience(evaluations, config)
-            if stop and not last:
-                stopped = stop.signal
+            stopped = signal or stopped
             if checkpoints and (saving or stopped):
                 _save(checkpoints, step, state, evaluations, evaluating, config)
                 recorder.skip()
