@@ -86,6 +86,17 @@ class Layout:
         """Which rows of a global batch this process provides, see `modicum.parallel.local_rows`."""
         return local_rows(rows, self.mesh, self.rules)
 
+    def activations(self, x: jax.Array) -> jax.Array:
+        """`x [B, T, ...]`, in a traced function, held where the batch lies: a device computes its own rows.
+
+        ZeRO may split a parameter over the axes that split the rows. At such a parameter's use the
+        partitioner has to gather the one or move the other, and does not always choose well: one such
+        constraint, on the embedded tokens, decides it.
+        """
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh, x.ndim, self.rules))
+
     def replicated(self) -> NamedSharding:
         """The sharding of an array that every device holds whole."""
         return replicated(self.mesh)

@@ -44,8 +44,8 @@ class Result(NamedTuple):
     job: Job
 
 
-def prepare(layout, dtype="float32"):
-    """Two layers, width 32, dropout 0.1, laid out by `layout` and compiled."""
+def prepare(layout, dtype="float32", wrap=lambda forward: forward):
+    """Two layers, width 32, dropout 0.1, laid out by `layout` and compiled; `wrap` changes the forward."""
     precision = Precision(dtype, dtype, dtype)
     attention = GroupedQuery(heads=HEADS)
     config = TransformerConfig(
@@ -65,7 +65,9 @@ def prepare(layout, dtype="float32"):
     abstract = jax.eval_shape(start, jax.random.key(0))
     shardings = layout.state(abstract, model.axes)
     gradients = layout.gradients(abstract.trainable, model.axes)
-    step = make_train_step(language_modelling(full_tuning(model)), optimizer, gradient_shardings=gradients)
+    step = make_train_step(
+        language_modelling(wrap(full_tuning(model))), optimizer, gradient_shardings=gradients
+    )
     batch = jax.eval_shape(lambda: next(batches(1)))
     replicated = layout.replicated()
     step = jax.jit(

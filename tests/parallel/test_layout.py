@@ -61,3 +61,10 @@ def test_single_is_one_device(toy):
     params = jax.eval_shape(toy.init, jax.random.key(0))
     shardings = jax.tree.leaves(Layout.single().parameters(params, toy.TABLE))
     assert all(len(sharding.device_set) == 1 for sharding in shardings)
+
+
+def test_activations_lie_where_the_batch_does():
+    layout = Layout(make_mesh(MeshShape(data=2, fsdp=2, context=2)))
+    double = jax.jit(lambda x: layout.activations(x) * 2)
+    assert double(jnp.ones((8, 6, 4))).sharding.spec == PartitionSpec(("data", "fsdp"), "context")
+    assert str(jax.make_jaxpr(Layout.single().activations)(1.0)) == str(jax.make_jaxpr(lambda x: x)(1.0))

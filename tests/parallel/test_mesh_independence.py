@@ -4,9 +4,11 @@ Double precision separates bugs from rounding: what is left at 1e-10 is not a bu
 far rounding alone carries 20 steps. Dropout is on, so randomness is shown independent of the mesh as well.
 """
 
+import math
 import re
 from functools import cache, partial
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -63,6 +65,32 @@ def test_single_precision(decoder, alone, mesh, zero):
     assert drift <= 1e-3
     check_bytes(decoder, found, layout(mesh, zero))
     check_collectives(found, mesh, zero)
+
+
+def test_holding_the_rows_saves_communication(decoder):
+    """`Layout.activations` at one hook, `embedded`: far less is gathered and moved to and fro."""
+    where = layout("data=4,tensor=2", 3)
+
+    def hold(call, args, kwargs, context):
+        x = call(*args, **kwargs)
+        return where.activations(x) if context.module.name == "embedded" else x
+
+    def holding(forward):
+        def held(*args, **kwargs):
+            with nn.intercept_methods(hold):
+                return forward(*args, **kwargs)
+
+        return held
+
+    free, held = (decoder.prepare(where, wrap=wrap).step.as_text() for wrap in (lambda f: f, holding))
+    moved = {kind: [elements(text, kind) for text in (free, held)] for kind in ("all-gather", "all-to-all")}
+    print("elements per step, free and held:", moved)
+    assert all(after < before / 3 for before, after in moved.values())
+
+
+def elements(text, kind):
+    """The elements of all results of one kind of collective."""
+    return sum(math.prod(shape) for shape in collective_shapes(text, kind))
 
 
 def check_gradients(found, expected):
