@@ -79,10 +79,10 @@ def quick() -> TransformerConfig:
     """The quickstart's decoder: ReLU, so neurons can be exactly silent; small enough for a laptop."""
     return TransformerConfig(
         layers=4,
-        width=192,
+        width=128,
         vocab=2048,
-        attention=multi_head(6),
-        mlp=MLP(768, "relu"),
+        attention=multi_head(4),
+        mlp=MLP(512, "relu"),
         positions=Learned(128),
     )
 

@@ -41,13 +41,10 @@ class Evaluate:
 
     def run(self) -> int:
         """Print the means over the split."""
-        from ...research.data.tokenizers import Tokenizer
-        from ...research.training.model_folder import find_model, load_model
+        from ...research.training.model_folder import find_model, load_model, load_tokenizer
 
         trained = load_model(find_model(self.model))
-        if trained.tokenizer is None:
-            raise InputError(f"{self.model} has no tokenizer.json, so texts cannot be encoded for it")
-        tokenizer = Tokenizer.load(trained.tokenizer)
+        tokenizer = load_tokenizer(trained, self.model)
         if self.delta is None and not trained.labels:
             means = self._language_model(trained, tokenizer)
             means["perplexity"] = math.exp(means["loss"])

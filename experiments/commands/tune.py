@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from ...parallel.layout import Layout
     from ...research.data.examples import Examples, Labels
     from ...research.data.sources import Source
+    from ...research.data.tokenizers import Tokenizer
     from ...research.study.runs import Run
     from ...research.training.config import TrainingConfig
-    from ...research.training.model_folder import TrainedModel
     from ...research.training.tuning import ClassificationRows
 
 Method = (
@@ -78,14 +78,15 @@ class Tune:
         """Tune at each learning rate, choose on dev, report on test."""
         from ...models.heads import ClassifierHead
         from ...research.data.examples import Labels
-        from ...research.training.model_folder import find_model, load_model, with_classifier
+        from ...research.training.model_folder import find_model, load_model, load_tokenizer, with_classifier
         from ...research.training.tuning import ClassificationRows
 
         layout = self.placement.layout()
         trained = load_model(find_model(self.model))
+        tokenizer = load_tokenizer(trained, self.model)
         splits = self._splits()
         labels = Labels.of(splits["train"])
-        examples = self._examples(trained, splits, labels)
+        examples = self._examples(trained.model.config, tokenizer, splits, labels)
         rows = ClassificationRows(
             examples["train"],
             examples["dev"],
@@ -97,7 +98,7 @@ class Tune:
         model = replace(model, config=self._precise(model.config))
         runs = []
         for rate in self.learning_rate:
-            run, code = self._attempt(rate, model, params, rows, splits, layout)
+            run, code = self._attempt(rate, model, params, rows, splits, layout, tokenizer)
             if code:
                 return code
             runs.append(run)
@@ -115,15 +116,11 @@ class Tune:
         return splits
 
     def _examples(
-        self, trained: TrainedModel, splits: dict[str, Source], labels: Labels
+        self, config: TransformerConfig, tokenizer: Tokenizer, splits: dict[str, Source], labels: Labels
     ) -> dict[str, Examples]:
         from ...research.data.examples import examples
-        from ...research.data.tokenizers import Tokenizer
 
-        if trained.tokenizer is None:
-            raise InputError(f"{self.model} has no tokenizer.json, so texts cannot be encoded for it")
-        tokenizer = Tokenizer.load(trained.tokenizer)
-        length = self.length or getattr(trained.model.config.positions, "max_length", 128)
+        length = self.length or getattr(config.positions, "max_length", 128)
         return {
             split: examples(source, tokenizer, labels, length, truncate=self.truncate)
             for split, source in splits.items()
@@ -142,6 +139,7 @@ class Tune:
         rows: ClassificationRows,
         splits: dict[str, Source],
         layout: Layout,
+        tokenizer: Tokenizer,
     ) -> tuple[Run, int]:
         """One learning rate, and the exit code where it was stopped by a signal."""
         from ...parallel.processes import is_main
@@ -166,7 +164,15 @@ class Tune:
         )
         with training_bar(run.folder.name, config.steps) as report:
             outcome = tune_classifier(
-                run, model, params, self.method.spec(), rows, config, layout=layout, report=report
+                run,
+                model,
+                params,
+                self.method.spec(),
+                rows,
+                config,
+                layout=layout,
+                report=report,
+                tokenizer=tokenizer,
             )
         return run, exit_code(outcome, run.folder) if outcome else 0
 

@@ -10,7 +10,7 @@ import numpy as np
 from ... import InputError
 from .batches import Rows
 
-__all__ = ["Part", "hold_out"]
+__all__ = ["Part", "hold_out", "spread_out"]
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,9 @@ def hold_out(rows: Rows, fraction: float) -> tuple[Part, Part]:
         )
     border = len(rows) - count
     return Part(rows, range(border)), Part(rows, range(border, len(rows)))
+
+
+def spread_out(rows: Rows, count: int) -> Part:
+    """At most `count` rows at equal distances, so that they stand for all."""
+    stride = max(1, len(rows) // count)
+    return Part(rows, range(0, len(rows), stride)[:count])

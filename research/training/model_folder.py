@@ -92,6 +92,15 @@ def load_model(folder: Path) -> TrainedModel:
     )
 
 
+def load_tokenizer(trained: TrainedModel, source: Path) -> Tokenizer:
+    """The model's tokenizer; raises `InputError` naming `source` where none was stored with it."""
+    from ..data.tokenizers import Tokenizer
+
+    if trained.tokenizer is None:
+        raise InputError(f"{source} has no {TOKENIZER}, so texts cannot be encoded for it")
+    return Tokenizer.load(trained.tokenizer)
+
+
 def find_model(path: Path) -> Path:
     """The model folder at `path`: itself, or the `model` of a finished run."""
     for folder in (path, path / "model"):

@@ -17,6 +17,7 @@ from ...models.transformer import Transformer
 from ...parallel.layout import Layout
 from ...parallel.processes import is_main
 from ..data.batches import Rows
+from ..data.tokenizers import Tokenizer
 from ..delta import Spec, Tuned, attach, load_delta, read_header, save_delta
 from ..delta.summary import parameter_count
 from ..study.runs import Run
@@ -48,7 +49,7 @@ def tune_classifier(
     *,
     layout: Layout,
     report: Report | None = None,
-    notes: dict[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Outcome | None:
     """Tune `model` from `params` by `spec` (None: all parameters) and finish `run` with what was measured.
 
@@ -65,7 +66,7 @@ def tune_classifier(
         return outcome
     result = _measure(outcome, job, rows, layout)
     if is_main():
-        stored = _store(run.folder, model, params, tuned, outcome, rows.labels, job, notes or {})
+        stored = _store(run.folder, model, params, tuned, outcome, rows.labels, job, tokenizer)
         result["stored_bytes"] = sum(file.stat().st_size for file in stored.rglob("*") if file.is_file())
     run.finish(result)
     return outcome
@@ -104,13 +105,13 @@ def _store(
     outcome: Outcome,
     labels: tuple[Any, ...],
     job: Job,
-    notes: dict[str, Any],
+    tokenizer: Tokenizer | None,
 ) -> Path:
     trained = jax.device_get(outcome.best.evaluated)
     if tuned is None:
-        save_model(folder / MODEL, model, trained, labels=labels)
+        save_model(folder / MODEL, model, trained, labels=labels, tokenizer=tokenizer)
         return folder / MODEL
     assert isinstance(model.head, ClassifierHead)
     variables = {"delta": trained, "delta_state": job.frozen["delta_state"]}
-    described = {**notes, "labels": list(labels), "pooling": model.head.pooling}
-    return save_delta(folder / DELTA, tuned, variables, params, notes=described)
+    notes = {"labels": list(labels), "pooling": model.head.pooling}
+    return save_delta(folder / DELTA, tuned, variables, params, notes=notes)
