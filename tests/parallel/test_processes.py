@@ -59,6 +59,7 @@ def check_equal_to_one_process(train, cases, both):
             assert drift <= 1e-3
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_toy_as_one(toy, tmp_path):
     cases = ["data=8:3:float64"]
     both = run_two("toy.py", cases, tmp_path, timeout=200)
