@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
+    "text.parse_math": False,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
     "xtick.color": INK,
@@ -158,7 +159,7 @@ def heat_map(
         axes.set_xticks(**_ticks(columns))
         axes.set_yticks(**_ticks(rows))
         bar = figure.colorbar(image, ax=axes, label=unit)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         if matrix.size <= 120 and len(columns) <= 12:
             _write_cells(axes, matrix)
         _label(axes, x, y)
@@ -175,7 +176,8 @@ def _figure(
     from matplotlib.figure import Figure
 
     written: list[str] = []
-    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": title}):
+    settings: Any = {**SETTINGS, "svg.hashsalt": title}  # matplotlib types its keys one by one
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(7.0, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
