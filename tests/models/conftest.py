@@ -5,14 +5,6 @@ import numpy as np
 import pytest
 
 
-@pytest.fixture(scope="module")
-def quick_compile():
-    """Compile with few optimizations: tiny programs spend their time in the compiler."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def random_parameters():
     """`(model, *args, **kwargs) -> params`: normal numbers everywhere, in biases and scales too.
