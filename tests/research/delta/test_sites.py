@@ -104,6 +104,11 @@ def params_of(model):
     return model.init(jax.random.key(0), X)["params"]
 
 
+def doubled(tree):
+    """In double precision, where two ways to compute one thing differ by rounding alone."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tree)
+
+
 def randomised(variables, scale=0.3):
     """The delta away from its neutral start."""
     leaves, structure = jax.tree.flatten(variables["delta"])
@@ -167,10 +172,10 @@ def test_adapters_train_anywhere(lift, address):
         tuned.merge(params, variables)
 
 
-def test_scanned_and_unrolled_layers_are_one_model():
+def test_scanned_and_unrolled_layers_are_one_model(x64):
     """Same seeds, same numbers; the scanned delta is the unrolled one stacked."""
     flat, scanned = Stack("unrolled"), Stack("scan")
-    params = params_of(flat)
+    params, x = doubled(params_of(flat)), doubled(X)
     stacked = {
         "layers": jax.tree.map(
             lambda *layers: jnp.stack(layers), *(params[f"layers_{i}"] for i in range(LAYERS))
@@ -178,40 +183,40 @@ def test_scanned_and_unrolled_layers_are_one_model():
     }
     spec = {"out": LoRA(2), "up": [LoRA(3), Adapter(2)]}
     one, two = attach(flat, spec), attach(scanned, spec)
-    a, b = one.init(jax.random.key(1), params, X), two.init(jax.random.key(1), stacked, X)
+    a, b = one.init(jax.random.key(1), params, x), two.init(jax.random.key(1), stacked, x)
     for path, leaf in flatten_dict(b["delta"]["layers"]).items():
         parts = [
             functools.reduce(lambda node, key: node[key], path, a["delta"][f"layers_{i}"])
             for i in range(LAYERS)
         ]
         np.testing.assert_array_equal(leaf, jnp.stack(parts))
-    np.testing.assert_allclose(two.apply(b, stacked, X), one.apply(a, params, X), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(two.apply(b, stacked, x), one.apply(a, params, x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", [LoRA(2), Adapter(2)])
-def test_a_layer_range_stores_only_its_rows_and_leaves_other_layers_alone(method):
+def test_a_layer_range_stores_only_its_rows_and_leaves_other_layers_alone(method, x64):
     flat, scanned = Stack("unrolled"), Stack("scan")
-    params = params_of(flat)
+    params, x = doubled(params_of(flat)), doubled(X)
     stacked = {
         "layers": jax.tree.map(
             lambda *layers: jnp.stack(layers), *(params[f"layers_{i}"] for i in range(LAYERS))
         )
     }
     one, two = (attach(model, {"layers_{0,2}/out": method}) for model in (flat, scanned))
-    a = randomised(one.init(jax.random.key(1), params, X))
+    a = randomised(one.init(jax.random.key(1), params, x))
     rows = [a["delta"][f"layers_{i}"] for i in (0, 2)]
     b = {"delta": {"layers": jax.tree.map(lambda *layers: jnp.stack(layers), *rows)}, "delta_state": {}}
-    made = two.init(jax.random.key(1), stacked, X)
+    made = two.init(jax.random.key(1), stacked, x)
     assert jax.tree.map(jnp.shape, made["delta"]) == jax.tree.map(jnp.shape, b["delta"])
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(made))
-    np.testing.assert_allclose(two.apply(b, stacked, X), one.apply(a, params, X), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(two.apply(b, stacked, x), one.apply(a, params, x), rtol=1e-12, atol=1e-12)
     if isinstance(method, LoRA):
         merged = two.merge(stacked, b)
         np.testing.assert_array_equal(
             merged["layers"]["out"]["kernel"][1], stacked["layers"]["out"]["kernel"][1]
         )
         np.testing.assert_allclose(
-            scanned.apply({"params": merged}, X), one.apply(a, params, X), rtol=2e-6, atol=2e-6
+            scanned.apply({"params": merged}, x), one.apply(a, params, x), rtol=1e-12, atol=1e-12
         )
 
 
