@@ -56,6 +56,7 @@ class Evaluate:
     def _language_model(self, trained: TrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
         from ...parallel.layout import Layout
         from ...research.data.packing import pack
+        from ...research.training.evaluation import make_evaluation
         from ...research.training.objectives import full_tuning, language_modelling
         from ...research.training.tasks import evaluation_of
 
@@ -63,13 +64,15 @@ class Evaluate:
         rows = pack(
             tokenizer.encode(list(source.texts())), self._length(trained), tokenizer.eos, pad=tokenizer.pad
         )
-        means = evaluation_of(language_modelling(full_tuning(trained.model)), rows, Layout.single())
+        loss = language_modelling(full_tuning(trained.model))
+        means = evaluation_of(make_evaluation(loss), rows, Layout.single())
         assert means is not None
         return means(trained.params, {})
 
     def _classifier(self, trained: TrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
         from ...parallel.layout import Layout
         from ...research.data.examples import Labels, examples
+        from ...research.training.evaluation import make_evaluation
         from ...research.training.objectives import classification, delta_tuning, full_tuning
         from ...research.training.tasks import evaluation_of
         from ...research.training.tuning import load_tuned
@@ -83,7 +86,7 @@ class Evaluate:
             frozen = {"params": params, "delta_state": variables["delta_state"]}
         source = self._source(self.label_column)
         rows = examples(source, tokenizer, Labels(labels), self._length(trained), truncate=self.truncate)
-        means = evaluation_of(classification(forward), rows, Layout.single())
+        means = evaluation_of(make_evaluation(classification(forward)), rows, Layout.single())
         assert means is not None
         return means(trainable, frozen)
 

@@ -11,15 +11,16 @@ from ... import InputError
 from .objectives import Batch, Loss, LossSums
 
 Tree = Any
+SumsOf = Callable[[Tree, Tree, Batch], LossSums]
 
 
-def make_evaluation(loss: Loss) -> Callable[[Tree, Tree, Batch], LossSums]:
+def make_evaluation(loss: Loss) -> SumsOf:
     """The jitted function from a batch to its sums, without dropout."""
     return jax.jit(lambda trainable, frozen, batch: loss(trainable, frozen, batch, None))
 
 
 def evaluate(
-    sums_of: Callable[[Tree, Tree, Batch], LossSums],
+    sums_of: SumsOf,
     trainable: Tree,
     frozen: Tree,
     batches: Iterable[Mapping[str, Any]],

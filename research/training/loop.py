@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -25,10 +26,11 @@ from ..study.records import MetricsLog
 from ..study.runs import Run
 from .checkpoints import Checkpoints
 from .config import TrainingConfig
+from .evaluation import SumsOf
 from .loss_scale import Scaling, scaling_for
 from .memory import CompiledMemory, compiled_memory
 from .metrics import Throughput
-from .objectives import Loss
+from .objectives import Loss, LossSums
 from .optimizers import make_optimizer
 from .state import TrainState, create_state
 from .step import make_train_step
@@ -48,7 +50,7 @@ class Job:
     `init(rng, given)` makes the trained tree from the arrays `given` (the frozen ones unless set); it
     runs jitted, so nothing is ever on one device that is meant for many. `batches(step)` is this process's
     part of the batch of a step, as numpy arrays `[B, ...]`. `axes` names the axes of the trained tree;
-    `evaluate(trainable, frozen)` returns means by name. Losses weigh by `unit`s, whose rate is reported;
+    `evaluate(trainable, frozen)` returns means by name, of what the jitted `sums_of` gives a batch. Losses weigh by `unit`s, whose rate is reported;
     `flops_per_unit` is for MFU.
     """
 
@@ -59,6 +61,7 @@ class Job:
     given: Tree | None = None
     axes: AxisTable | None = None
     evaluate: Callable[[Tree, Tree], Evaluation] | None = None
+    sums_of: SumsOf | None = None
     unit: str = "tokens"
     flops_per_unit: float | None = None
 
@@ -160,7 +163,7 @@ def build_program(job: Job, config: TrainingConfig, layout: Layout, scaling: Sca
     shardings = layout.state(shapes, job.axes)
     gradients = layout.gradients(shapes.trainable, job.axes) if layout.zero >= 2 else None
     step = make_train_step(
-        job.loss,
+        held_in_rows(job.loss, layout),
         optimizer,
         accumulate=config.accumulate,
         scaling=scaling,
@@ -178,6 +181,27 @@ def build_program(job: Job, config: TrainingConfig, layout: Layout, scaling: Sca
         abstract=abstract,
         frozen=frozen,
     )
+
+
+def held_in_rows(loss: Loss, layout: Layout) -> Loss:
+    """`loss` with the embedded tokens held where their rows lie, see `Layout.activations`.
+
+    Only Linen models have the hook `embedded`; for others nothing changes.
+    """
+    if layout.mesh.size == 1:
+        return loss
+
+    def hold(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        value = call(*args, **kwargs)
+        return layout.activations(value) if context.module.name == "embedded" else value
+
+    def held(
+        trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array], rng: jax.Array | None
+    ) -> LossSums:
+        with nn.intercept_methods(hold):
+            return loss(trainable, frozen, batch, rng)
+
+    return held
 
 
 def _abstract(shapes: Tree, shardings: Tree) -> Tree:

@@ -19,9 +19,9 @@ from ...parallel.layout import Layout
 from ..data.batches import Batches, Rows, evaluation_batches
 from ..delta.attach import Tuned
 from .config import TrainingConfig
-from .evaluation import evaluate, make_evaluation
+from .evaluation import SumsOf, evaluate, make_evaluation
 from .loop import Evaluation, Job
-from .objectives import Loss, classification, delta_tuning, full_tuning, inputs_of, language_modelling
+from .objectives import classification, delta_tuning, full_tuning, inputs_of, language_modelling
 
 Tree = Any
 EVALUATION_BATCH = 64
@@ -44,13 +44,15 @@ def language_model_job(
         return model.init(rng, example) if given is None else start
 
     loss = language_modelling(full_tuning(model))
+    sums_of = make_evaluation(loss)
     return Job(
         loss=loss,
         init=init,
         batches=local_batches(rows, config, layout),
         given=given,
         axes=model.axes,
-        evaluate=evaluation_of(loss, evaluation, layout),
+        evaluate=evaluation_of(sums_of, evaluation, layout),
+        sums_of=sums_of,
         unit="tokens",
         flops_per_unit=training_flops_per_token(model.config, length),
     )
@@ -74,26 +76,30 @@ def classification_job(
     batches = local_batches(rows, config, layout)
     if tuned is None:
         loss = classification(full_tuning(model))
+        sums_of = make_evaluation(loss)
         return Job(
             loss=loss,
             init=lambda rng, given: given,
             batches=batches,
             given=params,
             axes=model.axes,
-            evaluate=evaluation_of(loss, evaluation, layout),
+            evaluate=evaluation_of(sums_of, evaluation, layout),
+            sums_of=sums_of,
             unit="examples",
         )
     example = {name: array[:1] for name, array in batches(0).items()}
     tokens, inputs = example["tokens"], inputs_of(example)
     state = tuned.init(jax.random.key(config.seed), params, tokens, **inputs)["delta_state"]
     loss = classification(delta_tuning(tuned))
+    sums_of = make_evaluation(loss)
     return Job(
         loss=loss,
         init=lambda rng, given: tuned.init(rng, given["params"], tokens, **inputs)["delta"],
         batches=batches,
         frozen={"params": params, "delta_state": state},
         axes=model.axes,
-        evaluate=evaluation_of(loss, evaluation, layout),
+        evaluate=evaluation_of(sums_of, evaluation, layout),
+        sums_of=sums_of,
         unit="examples",
     )
 
@@ -108,12 +114,11 @@ def local_batches(rows: Rows, config: TrainingConfig, layout: Layout) -> Callabl
 
 
 def evaluation_of(
-    loss: Loss, rows: Rows | None, layout: Layout, batch: int = EVALUATION_BATCH
+    sums_of: SumsOf, rows: Rows | None, layout: Layout, batch: int = EVALUATION_BATCH
 ) -> Callable[[Tree, Tree], Evaluation] | None:
     """The function from trained and frozen arrays to means over all `rows`; None without rows."""
     if rows is None:
         return None
-    sums_of = make_evaluation(loss)
     mine = layout.local_rows(batch)
     count = batch // (mine.stop - mine.start)
     part = (mine.start * count // batch, count)

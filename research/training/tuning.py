@@ -83,12 +83,12 @@ def load_tuned(folder: Path, trained: TrainedModel) -> tuple[Tuned, dict[str, An
 
 def _measure(outcome: Outcome, job: Job, rows: ClassificationRows, layout: Layout) -> dict[str, Any]:
     best, memory = outcome.best, outcome.memory
-    result: dict[str, Any] = {"best_step": int(best.step)}
-    for name, split in (("dev", rows.dev), ("test", rows.test)):
-        means = evaluation_of(job.loss, split, layout)
-        if means is not None:
-            measured = means(best.evaluated, job.frozen)
-            result |= {f"{name}_{metric}": value for metric, value in measured.items()}
+    dev = next(means for means in outcome.evaluations if means["step"] == int(best.step))
+    result: dict[str, Any] = {"best_step": dev["step"]}
+    result |= {f"dev_{metric}": value for metric, value in dev.items() if metric != "step"}
+    assert job.sums_of is not None
+    if (test := evaluation_of(job.sums_of, rows.test, layout)) is not None:
+        result |= {f"test_{metric}": value for metric, value in test(best.evaluated, job.frozen).items()}
     return result | {
         "trained_parameters": parameter_count(best.trainable),
         "memory_total": memory.total,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from modicum import InputError
 from modicum.models import (
     FP64,

@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 import jax
 import numpy as np
 import pytest
+
 from modicum import InputError
 from modicum.models import GroupedQuery, Layer, Precision, Transformer, TransformerConfig, multi_head
 from modicum.models.precision import BF16, FP16, FP32, policy

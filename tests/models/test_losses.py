@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from modicum.models.losses import MASKED_LOGIT, cross_entropy, weighted_correct, weighted_cross_entropy
 
 LOGITS = np.random.default_rng(0).normal(size=(2, 3, 5))

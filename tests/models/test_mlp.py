@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+
 from modicum import InputError
 from modicum.models import FP64, MLP, GatedMLP, Transformer, TransformerConfig, multi_head, run_with_cache
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+
 from modicum.models import (
     FP64,
     MLP,

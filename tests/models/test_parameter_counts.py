@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+
 from modicum.models import ClassifierHead, Transformer, TransformerConfig, multi_head, preset
 from modicum.models.costs import abstract_parameters as abstract
 from modicum.models.costs import matrix_weights, parameter_bytes, parameter_count

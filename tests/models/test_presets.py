@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+
 from modicum import InputError
 from modicum.models import PRESETS, Transformer, TransformerConfig, preset
 from modicum.models.costs import abstract_parameters, parameter_count

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
+
 from modicum.models import Transformer, TransformerConfig
 from modicum.models.attention import GroupedQuery
 from modicum.models.positions import Learned

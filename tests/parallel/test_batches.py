@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+
 from modicum import InputError
 from modicum.parallel import Layout, MeshShape, batch_sharding, local_rows, make_mesh, place_batch
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+
 from modicum import InputError
 from modicum.parallel import Layout, MeshShape, make_mesh
 

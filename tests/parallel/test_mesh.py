@@ -1,6 +1,7 @@
 import jax
 import pytest
 from jax.sharding import AxisType
+
 from modicum import InputError
 from modicum.parallel import MESH_AXES, MeshShape, make_mesh
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+
 from modicum.parallel import Layout, MeshShape, bytes_per_device, make_mesh
 
 pytestmark = pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from modicum import InputError
 from modicum.parallel import barrier, initialize, is_main
 

@@ -1,6 +1,7 @@
 import jax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+
 from modicum import InputError
 from modicum.parallel import DEFAULT_RULES, AxisRules, MeshShape, axis_names, make_mesh
 

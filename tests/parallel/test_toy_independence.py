@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from modicum.parallel import Layout, MeshShape, make_mesh
 
 CASES = [("data=8", 3), ("data=4,tensor=2", 2), ("data=2,fsdp=2,tensor=2", 1), ("tensor=8", 0)]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+
 from modicum import InputError
 from modicum.parallel import DEFAULT_RULES, Layout, MeshShape, bytes_per_device, make_mesh
 

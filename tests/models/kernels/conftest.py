@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+
 from modicum.models.kernels import Causal, Dense, Full, Lengths, Mask, Not, Prefix, Segments, Window
 
 Strategy = st.SearchStrategy[Mask]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modicum.models.kernels import Causal, Dense, Full, Lengths, Mask, Segments, Window
 from modicum.models.kernels.blocks import FULL, PARTIAL, SKIP, Grid, dynamic_blocks, static_blocks
 from modicum.models.kernels.masks import describe

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from modicum import InputError
 from modicum.research.data.batches import Batches, evaluation_batches
 from modicum.research.data.packing import pack

@@ -5,6 +5,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+
 from modicum import InputError
 from modicum.research.data.batches import Batches, evaluation_batches
 from modicum.research.data.examples import Labels, examples

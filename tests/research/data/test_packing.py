@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modicum import InputError
 from modicum.research.data import packing
 from modicum.research.data.packing import Packed, pack, packed_corpus

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
+
 from modicum import InputError
 from modicum.research.data import hub
 from modicum.research.data.sources import load_source, load_splits

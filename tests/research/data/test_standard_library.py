@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from modicum import InputError
 from modicum.research.data.standard_library import (
     PARTS,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from modicum import InputError
 from modicum.research.data.tokenizers import Tokenizer, train_tokenizer
 

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+
 from modicum.models.attention import GroupedQuery
 from modicum.models.transformer import Transformer, TransformerConfig
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from modicum import InputError
 from modicum.research.delta.addresses import Address, Hit, select
 from modicum.research.delta.folding import fold

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from modicum import InputError
 from modicum.research.delta import BitFit, Full, LoRA, attach, attach_leaves
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+
 from modicum import InputError
 from modicum.research.delta import Adapter, LoRA, Site, SiteMethod, attach
 

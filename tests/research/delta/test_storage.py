@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from modicum import InputError
 from modicum.research.delta import Adapter, BitFit, Full, LoRA, attach, load_delta, read_header, save_delta
 

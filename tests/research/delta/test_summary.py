@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from modicum.research.delta import Adapter, BitFit, Full, LoRA, attach, byte_count, parameter_count, summary
 
 

@@ -35,6 +35,7 @@ class Kill(NamedTuple):
 def train_in(folder: Path) -> None:
     """Train or go on with the run in `folder`, saying each step on standard output."""
     import jax
+
     from modicum.research.study.runs import Run
     from modicum.research.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
     from modicum.research.training.loop import train

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from modicum import InputError
 from modicum.research.training.checkpoint_record import Record, Unreadable
 from modicum.research.training.checkpoints import Checkpoints, checkpoint_steps, load_arrays

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+
 from modicum import InputError
 from modicum.research.training.evaluation import evaluate, make_evaluation
 from modicum.research.training.objectives import (

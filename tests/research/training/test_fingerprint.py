@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from modicum.research.training.fingerprint import combined, fingerprint, leaf_paths
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "int8", "uint16", "bool", "float8_e4m3fn", "complex64"]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from modicum import InputError
 from modicum.models import MLP, Transformer, TransformerConfig, multi_head
 from modicum.models.precision import policy

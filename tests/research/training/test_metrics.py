@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+
 from modicum.research.training.memory import CompiledMemory, compiled_memory
 from modicum.research.training.metrics import DENSE_PEAKS, Throughput, dense_peak
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from modicum import InputError
 from modicum.models import stack_layers
 from modicum.research.training.config import OptimizerConfig, ScheduleConfig

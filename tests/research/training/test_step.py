@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from modicum import InputError
 from modicum.research.training.loss_scale import Scaling
 from modicum.research.training.objectives import LossSums

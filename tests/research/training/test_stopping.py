@@ -5,6 +5,7 @@ import signal
 import threading
 
 import pytest
+
 from modicum import InputError
 from modicum.research.training.config import TrainingConfig
 from modicum.research.training.stopping import (

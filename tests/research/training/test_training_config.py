@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from modicum import InputError
 from modicum.research.training.config import TrainingConfig
 

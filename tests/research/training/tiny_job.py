@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from modicum.research.training.evaluation import evaluate, make_evaluation
 from modicum.research.training.loop import Job
 from modicum.research.training.objectives import full_tuning, language_modelling

@@ -1,0 +1,96 @@
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modicum import InputError
+from modicum.models.kernels import Causal, Full, attention, implementations, registry
+from modicum.models.kernels.request import Request
+
+Q, KV = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 7, 2, 8))
+
+
+@pytest.fixture
+def log(caplog):
+    registry.choose.cache_clear()
+    caplog.set_level(logging.INFO, logger="modicum.kernels")
+    return caplog
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "message"),
+    [
+        (
+            Q,
+            KV[:, :, :, :4],
+            KV,
+            r"q \[2, 5, 4, 8\] and k \[2, 7, 2, 4\] must have one batch size and one width",
+        ),
+        (Q, KV[:1], KV[:1], "one batch size"),
+        (Q[:, :, :3], KV, KV, "q has 3 heads, which k's 2 heads do not divide"),
+        (Q, KV, KV[:, :6], r"k \[2, 7, 2, 8\] and v \[2, 6, 2, 8\] must agree"),
+        (Q[0], KV, KV, r"q has shape \[5, 4, 8\]"),
+        (Q, KV, KV.astype(jnp.bfloat16), "v has type bfloat16"),
+        (Q.astype(int), KV.astype(int), KV.astype(int), "q has type int32"),
+    ],
+)
+def test_shapes_and_types_that_do_not_fit_are_named(q, k, v, message):
+    with pytest.raises(InputError, match=message):
+        attention(q, k, v, mask=Full())
+
+
+@pytest.mark.parametrize("option", [{"scale": -1.0}, {"soft_cap": 0.0}, {"scale": jnp.ones(())}], ids=str)
+def test_numbers_are_positive_and_static(option):
+    with pytest.raises(InputError, match=f"{next(iter(option))} is .*positive Python number"):
+        attention(Q, KV, KV, mask=Full(), **option)
+
+
+def test_unknown_implementation_lists_the_valid_ones():
+    with pytest.raises(InputError, match="impl='flash' is unknown; valid are auto, chunked, reference"):
+        attention(Q, KV, KV, mask=Full(), impl="flash")
+
+
+def test_a_forced_implementation_that_cannot_says_why(monkeypatch):
+    class Never:
+        name = "never"
+
+        def supports(self, request):
+            return f"it has no {request.dtype}"
+
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", (Never(), *implementations()))
+    registry.choose.cache_clear()
+    with pytest.raises(
+        InputError, match="impl='never' cannot compute this attention: it has no float32 .*Causal"
+    ):
+        attention(Q, KV, KV, mask=Causal(), impl="never")
+    assert attention(Q, KV, KV, mask=Causal()).shape == Q.shape  # auto passes it over
+    registry.choose.cache_clear()
+
+
+def test_the_choice_is_logged_once_a_request(log):
+    step = jax.jit(lambda q: attention(attention(q, KV, KV, mask=Causal()), KV, KV, mask=Causal()))
+    step(Q)
+    assert [record.levelname for record in log.records] == ["INFO"]
+    assert "B=2 T=5 S=7 H=4 G=2 K=8 float32 on cpu, Causal: chunked" in log.text
+    attention(Q, KV, KV, mask=Full(), impl="reference", soft_cap=2.0)
+    assert len(log.records) == 2 and "Full, soft cap: reference, as asked for" in log.text
+
+
+def test_requests_show_structure_but_no_numbers(log):
+    seen = []
+    for offset in (1, 2):
+        attention(Q, KV, KV, mask=Causal(jnp.array(offset)), bias=jnp.zeros((1, 1, 5, 7)) + offset)
+        seen.append(len(log.records))
+    assert seen == [1, 1]
+    assert Request.__hash__ is not None
+
+
+@pytest.mark.parametrize("impl", [implementation.name for implementation in implementations()])
+def test_the_output_has_the_type_of_the_query_and_lse_is_wide(impl):
+    for dtype, wide in ((jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float32), (jnp.float32, jnp.float32)):
+        q, kv = Q.astype(dtype), KV.astype(dtype)
+        out, lse = attention(q, kv, kv, mask=Causal(), impl=impl, return_lse=True)
+        assert (out.dtype, lse.dtype, lse.shape) == (dtype, wide, (2, 4, 5))
+        np.testing.assert_allclose(np.asarray(out, np.float32), 1, rtol=1e-2)
