@@ -1,6 +1,7 @@
-"""Frozen dataclasses that are pytrees: Python numbers are structure, the rest are leaves or subtrees."""
+"""Frozen dataclasses that are pytrees: fields that hold numbers are structure, the rest are children."""
 
 import dataclasses
+import typing
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -8,42 +9,46 @@ import numpy as np
 
 T = TypeVar("T")
 AnyArray = jax.Array | np.ndarray
-_STRUCTURE = (bool, int, float, str, type(None))
+_NUMBERS = (bool, int, float, str)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """Marks, among the structure, a field whose value is a child."""
-
-
-def _flatten(node: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
-    children: list[tuple[Any, Any]] = []
-    structure: list[Any] = []
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if isinstance(value, _STRUCTURE):
-            structure.append(value)
-        else:
-            structure.append(_Leaf())
-            children.append((jax.tree_util.GetAttrKey(field.name), value))
-    return children, tuple(structure)
+class _Child:
+    """Stands among the structure for a field whose value is a child."""
 
 
 @dataclass_transform(frozen_default=True)
 def structural(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen dataclass and a pytree whose numbers, strings and None are static.
+    """Make `cls` a frozen dataclass and a pytree: fields declared `int` are static, arrays are leaves.
 
-    So `Causal(offset=0)` compiles to a triangle known at trace time, while `Causal(offset=array)`
-    is the same class with a traced offset. Rebuilding a node skips `__post_init__`: JAX rebuilds
-    trees around tracers, shapes and placeholders alike.
+    A field declared `int | AnyArray` goes by its value, so `Causal(offset=0)` compiles to a triangle known at
+    trace time, while `Causal(offset=array)` is the same class with a traced offset. Rebuilding a node skips
+    `__post_init__`: JAX rebuilds trees around tracers, shapes and placeholders alike.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
+    kinds = {name: _kinds(hint) for name, hint in typing.get_type_hints(cls).items()}
+
+    def flatten(node: T) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        values = {name: getattr(node, name) for name in kinds}
+        static = {name for name, value in values.items() if _is_static(kinds[name], value)}
+        children = [(jax.tree_util.GetAttrKey(name), values[name]) for name in kinds if name not in static]
+        return children, tuple(values[name] if name in static else _Child() for name in kinds)
 
     def unflatten(structure: tuple[Any, ...], children: Any) -> T:
         node, remaining = object.__new__(cls), iter(children)
-        for field, value in zip(dataclasses.fields(cls), structure):  # type: ignore[arg-type]
-            object.__setattr__(node, field.name, next(remaining) if isinstance(value, _Leaf) else value)
+        for name, value in zip(kinds, structure):
+            object.__setattr__(node, name, next(remaining) if isinstance(value, _Child) else value)
         return node
 
-    jax.tree_util.register_pytree_with_keys(cls, _flatten, unflatten)
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
     return cls
+
+
+def _kinds(hint: Any) -> set[bool]:
+    """Whether the types a field may have are numbers, None apart."""
+    options = typing.get_args(hint) if isinstance(hint, type(int | str)) else (hint,)
+    return {option in _NUMBERS for option in options if option is not type(None)}
+
+
+def _is_static(kinds: set[bool], value: Any) -> bool:
+    return type(value) in _NUMBERS if len(kinds) == 2 else True in kinds

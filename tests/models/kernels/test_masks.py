@@ -6,6 +6,7 @@ import pytest
 from modicum import InputError
 from modicum.models.kernels import (
     And,
+    Bucketed,
     Causal,
     Dense,
     Full,
@@ -95,6 +96,11 @@ def test_numbers_are_structure_and_arrays_are_leaves():
     assert same and jax.tree.structure(Causal(1)) != jax.tree.structure(Causal(2))
     doubled = jax.tree.map(lambda x: x * 2, Prefix(LENGTHS, offset=1))
     assert doubled.offset == 1 and list(doubled.lengths) == [4, 12]
+
+
+def test_a_tree_mapped_to_numbers_keeps_its_leaves():
+    assert jax.tree.leaves(jax.tree.map(lambda x: x.size, Segments(QUERY, KEY))) == [10, 14]
+    assert jax.tree.leaves(jax.tree.map(np.sum, Bucketed(np.ones((8, 2))))) == [16]
 
 
 def test_masks_pass_through_jit_and_vmap():
