@@ -50,8 +50,8 @@ class Job:
     `init(rng, given)` makes the trained tree from the arrays `given` (the frozen ones unless set); it
     runs jitted, so nothing is ever on one device that is meant for many. `batches(step)` is this process's
     part of the batch of a step, as numpy arrays `[B, ...]`. `axes` names the axes of the trained tree;
-    `evaluate(trainable, frozen)` returns means by name, of what the jitted `sums_of` gives a batch. Losses weigh by `unit`s, whose rate is reported;
-    `flops_per_unit` is for MFU.
+    `evaluate(trainable, frozen)` returns means by name, of what the jitted `sums_of` gives for a batch.
+    Losses weigh by `unit`s, whose rate is reported; `flops_per_unit` is for MFU.
     """
 
     loss: Loss

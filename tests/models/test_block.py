@@ -55,7 +55,7 @@ def sites(residual, random_parameters):
     model = Transformer(replace(CONFIG, residual=residual))
     params = random_parameters(model, TOKENS)
     names = ["embedded", "layers_0/.*", "final_norm"] if residual.final_norm else ["embedded", "layers_0/.*"]
-    _, seen = run_with_cache(model, params, TOKENS, names=names)
+    _, seen = jax.jit(lambda params: run_with_cache(model, params, TOKENS, names=names))(params)
     return params, {path.removeprefix("layers_0/"): value for path, value in seen.items()}
 
 
@@ -86,6 +86,6 @@ def test_post_norm_normalises_the_sum(random_parameters, x64):
 def test_the_embedding_norm_stands_before_the_layers(random_parameters, x64):
     model = Transformer(replace(CONFIG, embedding_norm=True))
     params = random_parameters(model, TOKENS)
-    _, seen = run_with_cache(model, params, TOKENS, names=["embedded"])
+    _, seen = jax.jit(lambda params: run_with_cache(model, params, TOKENS, names=["embedded"]))(params)
     x = params["embedding"]["table"][TOKENS] + params["position_embedding"]["table"][:4]
     np.testing.assert_allclose(seen["embedded"], layer_norm(x, 1e-5, **params["embedding_norm"]), atol=1e-12)

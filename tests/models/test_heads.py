@@ -43,46 +43,49 @@ def test_words_are_scored_by_the_table_or_by_a_kernel(tied, random_parameters, x
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied, smoothing", [(True, 0.1), (False, 0.0)])
 def test_padded_words_have_no_probability_and_no_say(tied, smoothing, random_parameters, x64):
     config = replace(CONFIG, tied=tied, vocab_multiple=8)
     params = random_parameters(Transformer(config), TOKENS)
     assert params["embedding"]["table"].shape == (8, 8)
-    logits = jax.jit(Transformer(config).apply)(params, TOKENS)
-    assert (logits[..., 7] == MASKED_LOGIT).all()
-    assert (jax.nn.softmax(logits)[..., 7] == 0).all()
 
     def loss(params, config):
-        total, weight = weighted_cross_entropy(
-            Transformer(config).apply(params, TOKENS), TOKENS, jnp.ones(TOKENS.shape), smoothing
-        )
-        return total / weight
+        logits = Transformer(config).apply(params, TOKENS)
+        total, weight = weighted_cross_entropy(logits, TOKENS, jnp.ones(TOKENS.shape), smoothing)
+        return total / weight, logits
 
-    value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, config)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (value, logits), gradient = run(params, config)
+    assert (logits[..., 7] == MASKED_LOGIT).all()
+    assert (jax.nn.softmax(logits)[..., 7] == 0).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert not np.asarray(gradient["embedding"]["table"])[7].any()
     narrow = {**params, "embedding": {"table": params["embedding"]["table"][:7]}}
     if not tied:
         narrow["head"] = {"kernel": params["head"]["kernel"][:, :7]}
-    expected = loss(narrow, replace(config, vocab_multiple=1))
+    (expected, _), _ = run(narrow, replace(config, vocab_multiple=1))
     np.testing.assert_allclose(value, expected, rtol=1e-13)
 
 
 def test_classifier_is_linear_in_the_pooled_state(random_parameters, x64):
+    poolings = ("last", "first", "mean")
+    params = random_parameters(Transformer(CONFIG, ClassifierHead(3)), TOKENS)
+
+    @jax.jit
+    def run(params):
+        heads = [None, *(ClassifierHead(3, pooling) for pooling in poolings)]
+        return [Transformer(CONFIG, head).apply(params, TOKENS, segments=SEGMENTS) for head in heads]
+
+    hidden, *logits = map(np.asarray, run(params))
     last = {0: 3, 1: 1}  # the last token of each row that is not padding
-    for pooling in ("last", "first", "mean"):
-        model = Transformer(CONFIG, ClassifierHead(3, pooling))
-        params = random_parameters(model, TOKENS)
-        hidden = hidden_states(CONFIG, params, segments=SEGMENTS)
-        pooled = {
-            "last": np.stack([hidden[row, place] for row, place in last.items()]),
-            "first": hidden[:, 0],
-            "mean": np.stack([hidden[row, : place + 1].mean(0) for row, place in last.items()]),
-        }[pooling]
-        expected = pooled @ params["classifier"]["kernel"] + params["classifier"]["bias"]
-        logits = jax.jit(model.apply)(params, TOKENS, segments=SEGMENTS)
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12)
+    pooled = {
+        "last": np.stack([hidden[row, place] for row, place in last.items()]),
+        "first": hidden[:, 0],
+        "mean": np.stack([hidden[row, : place + 1].mean(0) for row, place in last.items()]),
+    }
+    for pooling, scores in zip(poolings, logits):
+        expected = pooled[pooling] @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-12)
 
 
 def test_pooling_without_segments_takes_every_token_and_with_padding_on_the_left_skips_it():

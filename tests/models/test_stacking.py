@@ -28,7 +28,6 @@ BASE = TransformerConfig(
 )
 PATTERN = (Layer(), Layer(GroupedQuery(4, 2, window=2), GatedMLP(10)))
 CASES = {
-    "decoder": BASE,
     "decoder-full": replace(BASE, remat="full"),
     "pattern-dots": replace(BASE, layers=4, pattern=PATTERN, remat="dots"),
     "encoder": replace(BASE, kind="encoder"),
