@@ -53,7 +53,12 @@ def train_in(folder: Path) -> None:
     )
     run = Run.open(folder.parent, config, name=folder.name)
     job = tiny["job_of"](tiny["TinyModel"](width=64))
-    outcome = train(job, config, run, report=lambda step, metrics: print(step, flush=True))
+
+    def report(step: int, metrics: object) -> None:
+        print(step, flush=True)
+        time.sleep(0.05)  # or a checkpoint would always be on its way when the signal comes
+
+    outcome = train(job, config, run, report=report)
     print(outcome.stopped or "finished", flush=True)
 
 
