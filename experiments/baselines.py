@@ -12,27 +12,27 @@ from ..research.data.packing import Packed
 PRIORS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 
-def majority_accuracy(train: Sequence[int], test: Sequence[int]) -> float:
+def majority_accuracy(train: np.ndarray, test: np.ndarray) -> float:
     """Accuracy of always saying the train split's most frequent label."""
-    return float(np.mean(np.asarray(test) == np.bincount(train).argmax()))
+    return float(np.mean(test == np.bincount(train).argmax()))
 
 
 def naive_bayes_accuracy(
     train: Sequence[np.ndarray],
-    labels: Sequence[int],
+    labels: np.ndarray,
     test: Sequence[np.ndarray],
-    truth: Sequence[int],
+    truth: np.ndarray,
     vocab: int,
 ) -> float:
     """Accuracy of multinomial naive Bayes on token counts, add-one smoothed; examples are `[T]` token ids."""
-    classes = int(max(labels)) + 1
+    classes = int(labels.max()) + 1
     counts = np.ones((classes, vocab))
     for tokens, label in zip(train, labels):
         counts[label] += np.bincount(tokens, minlength=vocab)
     log_likelihood = np.log(counts / counts.sum(1, keepdims=True))
     log_prior = np.log(np.bincount(labels, minlength=classes) / len(labels))
     scores = [log_prior + log_likelihood[:, tokens].sum(1) for tokens in test]
-    return float(np.mean(np.argmax(scores, 1) == np.asarray(truth)))
+    return float(np.mean(np.argmax(scores, 1) == truth))
 
 
 class BigramModel:

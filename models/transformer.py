@@ -8,7 +8,7 @@ logits = model.apply(params, tokens)                 # [B, T, V]
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import flax.linen as nn
 import jax
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         mask = Causal() & Segments(segments, segments)
         x, context = embed(self.config, embedding, tokens, mask, positions, train)
-        context = context.replace(memory=memory, memory_mask=Segments(segments, memory_segments))
+        context = replace(context, memory=memory, memory_mask=Segments(segments, memory_segments))
         return finish(self.config, apply_layers(self.config, x, context, cross=True))
 
 

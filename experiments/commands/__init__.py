@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from ... import InputError, __version__
 
@@ -51,17 +51,16 @@ def parse(arguments: Sequence[str]) -> Verb:
     """The verb with its options filled in; unusable arguments end the program with code 2."""
     import tyro
 
-    verb: Any = tyro.extras.subcommand_cli_from_dict(
+    return tyro.extras.subcommand_cli_from_dict(
         verbs(),
         prog="modicum",
         description=DESCRIPTION,
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    return verb
 
 
-def verbs() -> dict[str, type]:
+def verbs() -> dict[str, Callable[..., Verb]]:
     """Verb by name, in the order of the help page."""
     from .bench import Bench
     from .evaluate import Evaluate

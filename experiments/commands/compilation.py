@@ -10,7 +10,7 @@ def cache_compilations() -> None:
     """Let JAX keep compiled programs in the user's cache folder, unless a folder was chosen already."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(root / "modicum" / "compiled"))

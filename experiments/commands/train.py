@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -59,8 +59,8 @@ class Train:
     """Fraction of the rows to evaluate on, where the data has no dev split."""
     scan: bool = False
     """Compile one layer and scan it: for deep models."""
-    remat: str = "none"
-    """What to recompute in the backward pass: none, dots (all but products), full."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What to recompute in the backward pass: nothing, all, or all but matrix products."""
     learning_rate: float = 1e-3
     training: TrainingOptions = field(default_factory=TrainingOptions)
     placement: PlacementOptions = field(default_factory=PlacementOptions)

@@ -83,7 +83,7 @@ class Outcome(NamedTuple):
     best: TrainState
     evaluations: list[Evaluation]
     stopped: str | None
-    memory: CompiledMemory
+    memory: CompiledMemory | None
 
 
 class Program(NamedTuple):

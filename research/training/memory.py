@@ -21,8 +21,13 @@ class CompiledMemory:
         return self.arguments + self.outputs + self.temporaries
 
 
-def compiled_memory(compiled: jax.stages.Compiled) -> CompiledMemory:
-    """Read `memory_analysis()` of a compiled program; donated arguments count once."""
+def compiled_memory(compiled: jax.stages.Compiled) -> CompiledMemory | None:
+    """Read `memory_analysis()` of a compiled program; None where the backend gives none.
+
+    Donated arguments count once.
+    """
     analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return CompiledMemory(analysis.argument_size_in_bytes, outputs, analysis.temp_size_in_bytes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -50,7 +51,8 @@ def make_train_step(
         finite = all_finite((sums.total, gradients))
         updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        new = state.replace(
+        new = replace(
+            state,
             trainable=trainable,
             optimizer=moments,
             average=_moving_average(state.average, trainable, average_decay),
@@ -62,7 +64,7 @@ def make_train_step(
         metrics = {**means(sums), **norms, "finite": finite}
         if scaling.dynamic:
             metrics |= {"loss_scale": scale.value, "skipped_steps": scale.skipped}
-        return new.replace(step=state.step + 1, scale=scale), metrics
+        return replace(new, step=state.step + 1, scale=scale), metrics
 
     return train_step
 

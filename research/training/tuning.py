@@ -16,7 +16,7 @@ from ...models.model import Params
 from ...models.transformer import Transformer
 from ...parallel.layout import Layout
 from ...parallel.processes import is_main
-from ..data.batches import Rows
+from ..data.examples import Examples
 from ..data.tokenizers import Tokenizer
 from ..delta import Spec, Tuned, attach, load_delta, read_header, save_delta
 from ..delta.summary import parameter_count
@@ -33,9 +33,9 @@ DELTA, MODEL = "delta", "model"
 class ClassificationRows:
     """Encoded examples of the three splits, and what their labels are called."""
 
-    train: Rows
-    dev: Rows
-    test: Rows | None
+    train: Examples
+    dev: Examples
+    test: Examples | None
     labels: tuple[Any, ...]
 
 
@@ -91,9 +91,9 @@ def _measure(outcome: Outcome, job: Job, rows: ClassificationRows, layout: Layou
         result |= {f"test_{metric}": value for metric, value in test(best.evaluated, job.frozen).items()}
     return result | {
         "trained_parameters": parameter_count(best.trainable),
-        "memory_total": memory.total,
-        "memory_arguments": memory.arguments,
-        "memory_temporaries": memory.temporaries,
+        "memory_total": memory and memory.total,
+        "memory_arguments": memory and memory.arguments,
+        "memory_temporaries": memory and memory.temporaries,
     }
 
 
