@@ -34,7 +34,7 @@ from ..research.data.standard_library import Document, corpus_fingerprint, libra
 from ..research.data.tokenizers import Tokenizer, train_tokenizer
 from ..research.sparsity.statistics import ActivationStatistics, measure
 from ..research.study.records import read_records
-from ..research.study.runs import Run
+from ..research.study.runs import Run, run_id
 from ..research.training.config import OptimizerConfig, TrainingConfig
 from ..research.training.loop import Outcome, Report, train
 from ..research.training.model_folder import TrainedModel, load_model, save_model, with_classifier
@@ -48,7 +48,7 @@ LABEL_HEAD = "classifier"
 METHODS: Mapping[str, delta.Spec | None] = {
     "full tuning": None,
     "LoRA": {"attention/(query|value)": delta.LoRA(rank=4), LABEL_HEAD: delta.Full()},
-    "adapter": {"(attention/output|mlp/down)": delta.Adapter(width=8), LABEL_HEAD: delta.Full()},
+    "adapter": {"(attention/output|mlp/down)": delta.Adapter(width=4), LABEL_HEAD: delta.Full()},
     "BitFit": {
         "(query|key|value|output|up|down|[a-z_]*norm)": delta.BitFit(),
         LABEL_HEAD: delta.Full(),
@@ -71,8 +71,8 @@ SWEEP = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 class Size:
     """How much of everything."""
 
-    pretraining_steps: int = 400
-    pretraining_batch: int = 32
+    pretraining_steps: int = 320
+    pretraining_batch: int = 16
     heldout_rows: int = 256
     evaluations: int = 4
     tuning_steps: int = 120
@@ -167,14 +167,12 @@ def pretrain(folder: Path, documents: list[Document], size: Size, bar: Bar) -> P
     training = TrainingConfig(
         steps=size.pretraining_steps,
         batch=size.pretraining_batch,
-        optimizer=OptimizerConfig("adamw", 6e-3, weight_decay=0.1),
+        optimizer=OptimizerConfig("muon", 0.02, weight_decay=0.1),
         evaluate_every=max(1, size.pretraining_steps // size.evaluations),
         checkpoint_every=max(1, size.pretraining_steps // 16),
     )
     config, fingerprint = preset("quick"), corpus_fingerprint(documents)
-    run = Run.open(
-        folder, (config, training), data_fingerprint=fingerprint, revision=REVISION, name="pretraining"
-    )
+    run = open_run(folder, "language-model", (config, training), 0, fingerprint)
     tokenizer = tokenizer_of(run.folder / "tokenizer.json", texts["train"], config.vocab)
     model = Transformer(replace(config, vocab=tokenizer.vocab))
     packed = {
@@ -207,6 +205,19 @@ def pretrain(folder: Path, documents: list[Document], size: Size, bar: Bar) -> P
     ]
     trained = load_model(run.folder / "model")
     return Pretrained(trained, tokenizer, heldout, run.result, run.identity, tuple(losses))
+
+
+def open_run(folder: Path, label: str, question: Any, seed: int, fingerprint: str) -> Run:
+    """The run of this question, in a folder that people can read and that a changed question leaves alone."""
+    identity = run_id(question, seed, fingerprint, REVISION)
+    return Run.open(
+        folder,
+        question,
+        seed=seed,
+        data_fingerprint=fingerprint,
+        revision=REVISION,
+        name=f"{label}-{identity[:6]}",
+    )
 
 
 def tokenizer_of(path: Path, texts: list[str], vocab: int) -> Tokenizer:
@@ -253,14 +264,8 @@ def tune(
     )
     spec = METHODS[name]
     question = (name, spec, training, pretrained.trained.model.config)
-    run = Run.open(
-        folder,
-        question,
-        seed=seed,
-        data_fingerprint=pretrained.identity,
-        revision=REVISION,
-        name=f"{name.replace(' ', '-')}-{learning_rate:g}-{seed}",
-    )
+    label = f"{name.replace(' ', '-')}-{learning_rate:g}-seed{seed}"
+    run = open_run(folder, label, question, seed, pretrained.identity)
     model, params = with_classifier(pretrained.trained, ClassifierHead(len(rows.labels), "mean"), seed)
     with bar(f"{name}, seed {seed}", training.steps) as report:
         outcome = tune_classifier(

@@ -129,29 +129,34 @@ def tuning_table(findings: Findings) -> Table:
     results = [
         {
             "method": result["method"],
-            "learning rate": result["learning rate"],
+            "rate": result["learning rate"],
             "trained": result["trained_parameters"],
-            "of the model": f"{result['trained_parameters'] / result['parameters']:.2%}",
+            "share": f"{result['trained_parameters'] / result['parameters']:.2%}",
+            "test (%)": 100 * result["test_accuracy"],
             "stored (kB)": result["stored_bytes"] / 1e3,
-            "step memory (MB)": result["memory_total"] / 1e6,
-            "test accuracy (%)": 100 * result["test_accuracy"],
-            "dev accuracy (%)": 100 * result["dev_accuracy"],
+            "memory (MB)": None if result["memory_total"] is None else result["memory_total"] / 1e6,
         }
         for result in findings.tunings
     ]
-    by = ("method", "learning rate", "trained", "of the model")
-    values = ("test accuracy (%)", "dev accuracy (%)", "stored (kB)", "step memory (MB)")
     counts = findings.counts
     caption = (
-        f"{counts['train']:,} training, {counts['dev']:,} dev and {counts['test']:,} test snippets; "
-        f"step memory is XLA's account of the compiled train step."
+        f"Accuracy on {counts['test']:,} test snippets ({counts['train']:,} to train, {counts['dev']:,} to "
+        f"choose the step by). Stored: what the task needs beside the language model. Memory: the compiled "
+        f"train step, by XLA's account."
     )
-    table = summarise(results, by, values, caption)
-    blank = (None,) * (len(table.columns) - 5)
-    baselines = tuple(
-        (name, None, None, None, 100 * accuracy, *blank) for name, accuracy in findings.baselines.items()
-    )
+    by = ("method", "rate", "trained", "share", "stored (kB)", "memory (MB)")
+    table = summarise([{**r, **_rounded(r)} for r in results], by, ("test (%)",), caption)
+    blank = (None,) * (len(by) - 1)
+    baselines = tuple((name, *blank, 100 * accuracy, None) for name, accuracy in findings.baselines.items())
     return Table(table.columns, (*table.rows, *baselines), caption)
+
+
+def _rounded(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes to three digits: they are the same for every seed."""
+    return {
+        name: None if result[name] is None else float(f"{result[name]:.3g}")
+        for name in ("stored (kB)", "memory (MB)")
+    }
 
 
 def tuning_section(findings: Findings, table: Table) -> Section:
@@ -181,9 +186,21 @@ def tuning_section(findings: Findings, table: Table) -> Section:
 
 def sparsity_table(findings: Findings) -> Table:
     """A row a layer of the trained model."""
-    rows = findings.sparsity["trained"].rows()
-    columns = tuple(rows[0])
-    return Table(columns, tuple(tuple(row[name] for name in columns) for row in rows), "Held-out text.")
+    rows = tuple(
+        (
+            layer["layer"].split("/")[0].replace("layers_", "layer "),
+            layer["neurons"],
+            f"{layer['active']:.1%}",
+            f"{layer['inputs below 5%']:.1%}",
+            layer["dead"],
+            layer["always on"],
+            f"{layer['ever active']:.1%}",
+        )
+        for layer in findings.sparsity["trained"].rows()
+    )
+    columns = ("layer", "neurons", "active", "tokens below 5%", "dead", "always on", "ever active")
+    tokens = findings.sparsity["trained"].layers[0].tokens
+    return Table(columns, rows, f"The trained model on {tokens:,} held-out tokens.")
 
 
 def sparsity_section(findings: Findings, table: Table) -> Section:
@@ -203,7 +220,7 @@ def sparsity_section(findings: Findings, table: Table) -> Section:
         f"{trained.active_ratio:.1%} are, against {fresh.active_ratio:.1%} before training; "
         f"{trained.dead} neurons never fire, {trained.ever_active:.1%} fire for some token, and "
         f"{trained.fraction_of_inputs_below(0.05):.1%} of tokens activate less than 5% of a layer's neurons. "
-        f"(Published for T5-Large, not measured here: 80% of inputs.)"
+        f"(The claim for T5-Large, which is not measured here, is 80% of inputs.)"
     )
     return Section("Which neurons fire", [prose], [table], [figure])
 
