@@ -1,8 +1,9 @@
 """Attention and other kernels written by hand: one front, one reference, one file a backend.
 
-`front` has `attention()`; `masks` and `biases` are the expressions it takes. `registry` chooses the
-implementation of a `request`: `reference` (every score at once, the oracle). `spans` and `trees` hold what
-these share: ranges of indices, and dataclasses that are pytrees.
+`front` has `attention()`; `masks` and `biases` are the expressions it takes, and `blocks` derives from a mask
+which tiles of the score matrix are skipped. `registry` chooses the implementation of a `request`: `chunked`
+(XLA, tile by tile) or `reference` (every score at once, the oracle). `spans`, `trees` and `varying` hold what
+these share: ranges of indices, dataclasses that are pytrees, and arrays inside `shard_map`.
 """
 
 from .biases import ALiBi, Bias, Bucketed, alibi_slopes

@@ -25,6 +25,7 @@ from .reference import group_heads
 from .request import Request
 from .spans import Span, accumulation_dtype, pad
 from .trees import AnyArray
+from .varying import vary, varying_axes
 
 Carry = Any
 Residuals = tuple[Any, ...]
@@ -32,7 +33,13 @@ Residuals = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Chunked:
-    """XLA on any platform, with everything `attention` offers; `block` 0 chooses tiles by length."""
+    """XLA on any platform, with everything `attention` offers; `block` 0 chooses tiles by length.
+
+    Tiles are near 128 up to a length of 512 and near 256 beyond. On 2 CPU cores, float32, causal, forward
+    and backward take 153 ms of CPU time with 128 and 188 with 256 for B=8 T=512 H=6 K=64, 417 and 295 for
+    B=1 T=2048 H=8 K=64. Up to 128 there is one tile, as fast as a plain softmax (14 ms each for T=128).
+    Unrolling the loop over tiles was 15% slower and took 2.6 times the memory.
+    """
 
     name: str = "chunked"
     block: int = 0
@@ -52,6 +59,8 @@ class Chunked:
         soft_cap: float | None,
     ) -> tuple[Array, Array]:
         """Output `[B, T, H, K]` and log-sum-exp `[B, H, T]`."""
+        given = (q, k, v, mask, bias)
+        q, k, v, mask, bias = vary(given, varying_axes(given))
         queries, keys = q.shape[1], k.shape[1]
         target = self.block or (128 if max(queries, keys) <= 512 else 256)
         rows, columns = block_size(queries, target), block_size(keys, target)
@@ -117,7 +126,7 @@ def _forward(
 
     zeros = jnp.zeros((batch, groups, heads // groups, queries), dtype)
     start = (jnp.zeros((batch, queries, heads, v.shape[3]), dtype), zeros - jnp.inf, zeros)
-    out, top, total = _over_tiles(plan.grid, mask, visit, start)
+    out, top, total = _over_tiles(plan.grid, mask, visit, vary(start, varying_axes(q)))
     empty = total == 0
     total = jnp.where(empty, 1, total)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total)).reshape(batch, heads, queries)
@@ -156,7 +165,7 @@ def _backward(plan: Plan, residuals: Residuals, cotangents: tuple[Array, Array])
     zeros = functools.partial(jnp.zeros, dtype=lse.dtype)
     d_bias = jax.tree.map(lambda x: zeros(x.shape), bias)
     start = (zeros(q.shape), *(zeros((*x.shape[::2], x.shape[3], x.shape[1])) for x in (k, v)), d_bias)
-    dq, dk, dv, d_bias = _over_tiles(plan.grid, mask, visit, start)
+    dq, dk, dv, d_bias = _over_tiles(plan.grid, mask, visit, vary(start, varying_axes(q)))
     dk, dv = (x.transpose(0, 3, 1, 2) for x in (dk, dv))
     d_bias = jax.tree.map(_cotangent, d_bias, bias)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_bias

@@ -262,6 +262,28 @@ def test_batch_and_heads_may_be_sharded_without_gathering(x64):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+def test_shard_map_sums_the_gradient_of_what_all_devices_share(x64):
+    types = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=types, devices=jax.devices()[:4])
+    q, k, v = arrays(*EVEN, 2)
+    table, segments = jnp.asarray(biases(*EVEN)["bucketed"].table), masks(*EVEN)["segments"]
+
+    def loss(q, k, v, segments, table):
+        bias = Bucketed(table, max_distance=16)
+        return (Chunked(block=8)(q, k, v, Causal() & segments, bias, 0.4, None)[0] ** 2).sum()
+
+    heads = PartitionSpec("data", None, "tensor")
+    sharded = jax.shard_map(
+        lambda *args: jax.lax.psum(loss(*args), ("data", "tensor")),
+        mesh=mesh,
+        in_specs=(heads, heads, heads, PartitionSpec("data"), PartitionSpec(None, "tensor")),
+        out_specs=PartitionSpec(),
+    )
+    wanted = jax.jit(jax.grad(loss, (0, 1, 2, 4)))(q, k, v, segments, table)
+    for a, b in zip(jax.jit(jax.grad(sharded, (0, 1, 2, 4)))(q, k, v, segments, table), wanted):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
 def test_probabilities_give_the_output(x64):
     q, k, v = arrays(*RAGGED, 2)
     pattern = attention_probabilities(q, k, mask=Causal(), scale=0.4)
