@@ -13,7 +13,9 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -100,6 +102,23 @@ class Run:
         """
         return MetricsLog.open(self.folder / METRICS, resume_step or 0, write=self.write)
 
+    @contextmanager
+    def unless_refused(self) -> Iterator[Self]:
+        """Where input is refused before anything was measured, the folder goes again if it was new.
+
+        Else the corrected command would find another question's run in its way.
+        """
+        try:
+            yield self
+        except InputError:
+            if self.state == "new" and self.write and not self._has_measured():
+                _remove(self.folder)
+            raise
+
+    def _has_measured(self) -> bool:
+        metrics = self.folder / METRICS
+        return self.checkpoints.exists() or (metrics.exists() and metrics.stat().st_size > 0)
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Store the measured values; from now on the run is finished."""
         if self.write:
@@ -149,8 +168,9 @@ def _question(config: Any, seed: int, data_fingerprint: str, revision: int) -> d
 
 def _find(folder: Path, identity: str, question: Mapping[str, Any]) -> State:
     """What stands at `folder`; InputError where it is not this question's run."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: a run is a folder, but this is a file; choose another place")
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise InputError(f"{folder}: a run is a folder, but {place} is a file; choose another place")
     if not (folder / CONFIG).exists():
         if strangers := _strangers(folder):
             raise InputError(f"{folder}: holds {strangers[0]!r} and no run; choose a new or an empty folder")
@@ -158,7 +178,7 @@ def _find(folder: Path, identity: str, question: Mapping[str, Any]) -> State:
     found = read_json(folder / CONFIG)
     if found.get("id") != identity:
         raise InputError(
-            f"{folder}: holds another run ({_first_difference(found, question)}); choose another folder"
+            f"{folder}: holds another run ({_differences(found, question)}); choose another folder"
         )
     return "finished" if (folder / RESULT).exists() else "resumed"
 
@@ -170,12 +190,26 @@ def _strangers(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name != ENVIRONMENT and not p.name.startswith("."))
 
 
-def _first_difference(found: Mapping[str, Any], question: Mapping[str, Any]) -> str:
+def _differences(found: Mapping[str, Any], question: Mapping[str, Any], shown: int = 3) -> str:
     theirs, ours = flatten(found), flatten(question)
-    for name in sorted(set(theirs) | set(ours)):
-        if name != "id" and theirs.get(name) != ours.get(name):
-            return f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
-    return "its identity was computed differently"
+    names = [name for name in sorted({*theirs, *ours} - {"id"}) if theirs.get(name) != ours.get(name)]
+    if not names:
+        return "its identity was computed differently"
+    texts = [f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in names[:shown]]
+    more = [f"{len(names) - shown} more differences"] if len(names) > shown else []
+    return ", ".join(texts + more)
+
+
+def _remove(folder: Path) -> None:
+    """Take away what was made in a new run's folder; hidden files, which it may have had before, stay."""
+    (folder / CONFIG).unlink(missing_ok=True)  # first: without it the rest is no run
+    for path in folder.iterdir():
+        if path.is_dir() and not path.name.startswith("."):
+            shutil.rmtree(path)
+        elif not path.name.startswith("."):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _create(folder: Path, question: Mapping[str, Any], devices: Mapping[str, Any] | None) -> None:

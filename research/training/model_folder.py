@@ -127,9 +127,13 @@ def require_parameters(model: Transformer, params: Params, source: str) -> None:
 def with_classifier(trained: TrainedModel, head: ClassifierHead, seed: int) -> tuple[Transformer, Params]:
     """The trained body under a fresh classifier: the same arrays, plus `classifier/...` drawn from `seed`."""
     model = Transformer(trained.model.config, head)
-    fresh = jax.jit(lambda rng: model.init(rng, jnp.zeros((1, 2), jnp.int32)))(jax.random.key(seed))
-    body = {name: tree for name, tree in trained.params.items() if name in fresh and name != "classifier"}
-    return model, {**body, "classifier": fresh["classifier"]}
+
+    def classifier(rng: jax.Array) -> Params:
+        return model.init(rng, jnp.zeros((1, 2), jnp.int32))["classifier"]  # the compiler drops the rest
+
+    names = set(abstract_parameters(model)) - {"classifier"}
+    body = {name: tree for name, tree in trained.params.items() if name in names}
+    return model, {**body, "classifier": jax.jit(classifier)(jax.random.key(seed))}
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -140,6 +144,12 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason})") from None
+    if not isinstance(description, dict):
+        raise InputError(f"{path}: holds a {type(description).__name__}; a model is described by an object")
     if description.get("format") != FORMAT:
         raise InputError(f"{path}: format {description.get('format')!r}; this version reads {FORMAT}")
+    if missing := sorted({"config", "head", "labels"} - set(description)):
+        raise InputError(f"{path}: no {missing[0]!r} in it; the file is damaged")
     return description
