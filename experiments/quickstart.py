@@ -36,8 +36,9 @@ from ..research.sparsity.statistics import ActivationStatistics, measure
 from ..research.study.records import read_records
 from ..research.study.runs import Run, run_id
 from ..research.training.config import OptimizerConfig, TrainingConfig
-from ..research.training.loop import Outcome, Report, train
+from ..research.training.loop import Outcome, train
 from ..research.training.model_folder import TrainedModel, load_model, save_model, with_classifier
+from ..research.training.recorder import Report
 from ..research.training.tasks import EVALUATION_BATCH, language_model_job
 from ..research.training.tuning import ClassificationRows, tune_classifier
 from .baselines import BigramModel, corpus_pairs, majority_accuracy, naive_bayes_accuracy, target_pairs

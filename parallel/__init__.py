@@ -17,7 +17,7 @@ Nothing here knows a model: it is given trees of arrays, tables of axis names an
 from .batches import batch_sharding, local_rows, place_batch, replicated
 from .layout import Layout
 from .mesh import MESH_AXES, MeshShape, make_mesh
-from .processes import barrier, initialize, is_main
+from .processes import any_process, barrier, initialize, is_main
 from .rules import DEFAULT_RULES, AxisRules, AxisTable, Names, axis_names, unnamed_delta
 from .zero import (
     Placement,
@@ -36,6 +36,7 @@ __all__ = [
     "MeshShape",
     "Names",
     "Placement",
+    "any_process",
     "axis_names",
     "barrier",
     "batch_sharding",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -38,3 +39,11 @@ def evaluate(
     if not weight:
         raise InputError("nothing to evaluate: the data set has no rows with a weight above 0")
     return {"loss": total / weight, **{name: value / weight for name, value in metrics.items()}}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) of a mean loss in nats; infinity where it is larger than any float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

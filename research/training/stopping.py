@@ -10,7 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+import jax
+
 from ... import InputError
+from ...parallel.processes import any_process
 from .config import TrainingConfig
 from .loss_scale import SMALLEST
 
@@ -25,8 +28,17 @@ class Interruption:
     def __init__(self) -> None:
         self.signal: str | None = None
 
-    def __bool__(self) -> bool:
-        return self.signal is not None
+    def agreed(self, at: bool) -> str | None:
+        """The signal's name, if there was one; read it once a step.
+
+        Several processes have to stop after the same step or wait for each other for ever, so they ask
+        each other, which costs a collective: only where `at`, which is the same in all of them.
+        """
+        if jax.process_count() == 1:
+            return self.signal
+        if not at:
+            return None
+        return "SIGTERM" if any_process(self.signal is not None) else None
 
 
 @contextlib.contextmanager

@@ -12,15 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ... import InputError
 from ...models.costs import training_flops_per_token
 from ...models.model import Params
+from ...models.precision import policy
 from ...models.transformer import Transformer
 from ...parallel.layout import Layout
 from ..data.batches import Batches, Rows, evaluation_batches
 from ..delta.attach import Tuned
 from .config import TrainingConfig
 from .evaluation import SumsOf, evaluate, make_evaluation
-from .loop import Evaluation, Job
+from .job import Evaluation, Job
 from .objectives import classification, delta_tuning, full_tuning, inputs_of, language_modelling
 
 Tree = Any
@@ -34,14 +36,15 @@ def language_model_job(
     *,
     layout: Layout,
     evaluation: Rows | None = None,
-    given: Params | None = None,
+    initial: Params | None = None,
 ) -> Job:
-    """Train `model` on packed `rows` from scratch, or from the parameters `given`."""
+    """Train `model` on packed `rows` from scratch, or from the parameters `initial`."""
+    _require_precision(model, config)
     length = len(rows[0]["tokens"])
     example = jnp.zeros((1, length), jnp.int32)
 
     def init(rng: jax.Array, start: Tree) -> Tree:
-        return model.init(rng, example) if given is None else start
+        return model.init(rng, example) if initial is None else start
 
     loss = language_modelling(full_tuning(model))
     sums_of = make_evaluation(loss)
@@ -49,7 +52,7 @@ def language_model_job(
         loss=loss,
         init=init,
         batches=local_batches(rows, config, layout),
-        given=given,
+        initial=initial,
         axes=model.axes,
         evaluate=evaluation_of(sums_of, evaluation, layout),
         sums_of=sums_of,
@@ -73,15 +76,16 @@ def classification_job(
     Under a delta `frozen` holds the backbone and what the methods keep fixed, and the train state nothing
     of either.
     """
+    _require_precision(model, config)
     batches = local_batches(rows, config, layout)
     if tuned is None:
         loss = classification(full_tuning(model))
         sums_of = make_evaluation(loss)
         return Job(
             loss=loss,
-            init=lambda rng, given: given,
+            init=lambda rng, initial: initial,
             batches=batches,
-            given=params,
+            initial=params,
             axes=model.axes,
             evaluate=evaluation_of(sums_of, evaluation, layout),
             sums_of=sums_of,
@@ -94,7 +98,7 @@ def classification_job(
     sums_of = make_evaluation(loss)
     return Job(
         loss=loss,
-        init=lambda rng, given: tuned.init(rng, given["params"], tokens, **inputs)["delta"],
+        init=lambda rng, initial: tuned.init(rng, initial["params"], tokens, **inputs)["delta"],
         batches=batches,
         frozen={"params": params, "delta_state": state},
         axes=model.axes,
@@ -128,3 +132,13 @@ def evaluation_of(
         return evaluate(sums_of, trainable, frozen, batches)
 
     return means
+
+
+def _require_precision(model: Transformer, config: TrainingConfig) -> None:
+    """The run's precision decides loss scaling, the model's the arithmetic: they have to be one."""
+    wanted, found = policy(config.precision), model.config.precision
+    if found.compute != wanted.compute:
+        raise InputError(
+            f"training in {config.precision} asks for {wanted.compute} arithmetic, the model computes in "
+            f"{found.compute}; give the model precision {wanted}"
+        )

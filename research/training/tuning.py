@@ -22,8 +22,10 @@ from ..delta import Spec, Tuned, attach, load_delta, read_header, save_delta
 from ..delta.summary import parameter_count
 from ..study.runs import Run
 from .config import TrainingConfig
-from .loop import Job, Outcome, Report, train
+from .job import Job
+from .loop import Outcome, train
 from .model_folder import TrainedModel, save_model, with_classifier
+from .recorder import Report
 from .tasks import classification_job, evaluation_of
 
 DELTA, MODEL = "delta", "model"

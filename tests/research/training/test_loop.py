@@ -18,7 +18,8 @@ from modicum.research.study.records import read_records
 from modicum.research.study.runs import Run
 from modicum.research.training.checkpoints import checkpoint_steps, load_arrays
 from modicum.research.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
-from modicum.research.training.loop import Job, train
+from modicum.research.training.job import Job
+from modicum.research.training.loop import train
 from modicum.research.training.objectives import delta_tuning, full_tuning, language_modelling
 from modicum.research.training.state import TrainState
 from modicum.research.training.stopping import NonFiniteLoss

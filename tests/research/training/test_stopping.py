@@ -79,9 +79,9 @@ def test_the_first_signal_is_a_flag_and_the_second_acts_as_usual(number):
     before = signal.signal(number, usual)
     try:
         with interruption() as stop:
-            assert not stop and stop.signal is None
+            assert stop.agreed(at=False) is None
             os.kill(os.getpid(), number)
-            assert stop and stop.signal == signal.Signals(number).name
+            assert stop.agreed(at=False) == signal.Signals(number).name
             with pytest.raises(Usual):
                 os.kill(os.getpid(), number)
         assert signal.getsignal(number) is usual
@@ -94,9 +94,9 @@ def test_outside_the_main_thread_there_is_no_flag_to_set():
 
     def work():
         with interruption() as stop:
-            seen.append(bool(stop))
+            seen.append(stop.agreed(at=True))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [False]
+    assert seen == [None]

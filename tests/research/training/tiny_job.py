@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modicum.research.training.evaluation import evaluate, make_evaluation
-from modicum.research.training.loop import Job
+from modicum.research.training.job import Job
 from modicum.research.training.objectives import full_tuning, language_modelling
 
 VOCAB, WIDTH, LENGTH, ROWS = 13, 8, 6, 4

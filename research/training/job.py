@@ -1,0 +1,40 @@
+"""`Job`: what is trained, on what; everything that the loop needs to know of a model and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from ...models.axes import AxisTable
+from .evaluation import SumsOf
+from .objectives import Loss
+
+Tree = Any
+Evaluation = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what.
+
+    `init(rng, initial)` makes the trained tree from the arrays `initial`, by default the frozen ones; it
+    runs jitted, so nothing is ever on one device that is meant for many. `batches(step)` is this process's
+    part of the batch of a step, as numpy arrays `[B, ...]`. `axes` names the axes of the trained tree;
+    `evaluate(trainable, frozen)` returns means by name, of what the jitted `sums_of` gives for a batch.
+    Losses weigh by `unit`s, whose rate is reported; `flops_per_unit` is for MFU.
+    """
+
+    loss: Loss
+    init: Callable[[jax.Array, Tree], Tree]
+    batches: Callable[[int], Mapping[str, np.ndarray]]
+    frozen: Tree = field(default_factory=dict)
+    initial: Tree | None = None
+    axes: AxisTable | None = None
+    evaluate: Callable[[Tree, Tree], Evaluation] | None = None
+    sums_of: SumsOf | None = None
+    unit: str = "tokens"
+    flops_per_unit: float | None = None
