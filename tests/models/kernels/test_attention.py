@@ -140,7 +140,9 @@ def test_chunked_is_the_reference_in_float32(mask, bias, groups, soft_cap, shape
     compare(mask, bias, groups, soft_cap, shape, jnp.float32, 1e-5, 1e-4)
 
 
-@pytest.mark.parametrize("examples", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "examples", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
 def test_chunked_is_the_reference_on_random_masks(x64, random_masks, examples):
     q, k, v = arrays(*RAGGED, 2)
 
@@ -172,13 +174,13 @@ def test_reference_is_the_definition(x64):
 
 def test_gradients_of_the_reference_are_those_of_differences(x64):
     q, k, v = arrays(3, 5, 2)
-    bias = biases(3, 5)["bucketed"]
+    table = biases(3, 5)["bucketed"].table
 
-    def call(q, k, v, bias):
-        out, lse = Reference()(q, k, v, Causal(1), bias, 0.4, 2.0)
-        return out, lse
+    @jax.jit
+    def call(q, k, v, table):
+        return Reference()(q, k, v, Causal(1), Bucketed(table, max_distance=16), 0.4, 2.0)
 
-    check_grads(call, (q, k, v, bias), order=1, modes=("rev",), eps=1e-6)
+    check_grads(call, (q, k, v, table), order=1, modes=("rev",), eps=1e-6)
 
 
 @pytest.mark.parametrize("implementation", [Reference(), Chunked(block=8)], ids=lambda i: i.name)

@@ -37,7 +37,7 @@ def assert_sound(mask: Mask, grid: Grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_block_map_keeps_its_promises(random_masks, grid, data):
     assert_sound(data.draw(random_masks(BATCH, HEADS, grid.queries, grid.keys)), grid)
