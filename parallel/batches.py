@@ -1,4 +1,4 @@
-"""The batch on the mesh: each process gives its rows, all processes get one global array."""
+"""Between hosts and mesh: each process gives its rows, all get one global array, and whole arrays back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import InputError
@@ -56,6 +57,17 @@ def place_batch(batch: Any, mesh: Mesh, rules: AxisRules = DEFAULT_RULES) -> Any
         return jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def on_host(tree: Any) -> Any:
+    """Global arrays as whole numpy arrays in every process; every process has to ask, for the same tree."""
+
+    def fetch(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return jax.device_get(leaf)
+
+    return jax.tree.map(fetch, tree)
 
 
 def _row_blocks(mesh: Mesh, rules: AxisRules) -> tuple[int, list[int]]:

@@ -38,13 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="modicum: %(message)s")
     try:
         return parse([argument for argument in given if argument != "--debug"]).run()
-    except InputError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"modicum: error: {error}", file=sys.stderr)
-        return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"modicum: error: {one_line(error)}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def one_line(error: Exception) -> str:
+    """What is said of an error; of one the system raised (a full disk, a closed folder), where and what."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def parse(arguments: Sequence[str]) -> Verb:

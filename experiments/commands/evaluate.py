@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from ... import InputError
+from .options import UNLIMITED_LENGTH
 
 if TYPE_CHECKING:
     from ...research.data.sources import Source
@@ -41,13 +41,14 @@ class Evaluate:
 
     def run(self) -> int:
         """Print the means over the split."""
+        from ...research.training.evaluation import perplexity
         from ...research.training.model_folder import find_model, load_model, load_tokenizer
 
         trained = load_model(find_model(self.model))
         tokenizer = load_tokenizer(trained, self.model)
         if self.delta is None and not trained.labels:
             means = self._language_model(trained, tokenizer)
-            means["perplexity"] = math.exp(means["loss"])
+            means["perplexity"] = perplexity(means["loss"])
         else:
             means = self._classifier(trained, tokenizer)
         print("  ".join(f"{name} {value:.4f}" for name, value in means.items()))
@@ -101,7 +102,9 @@ class Evaluate:
         return splits[self.split]
 
     def _length(self, trained: TrainedModel) -> int:
-        return self.length or getattr(trained.model.config.positions, "max_length", 128)
+        positions = trained.model.config.positions
+        positions.require(self.length)
+        return self.length or positions.limit or UNLIMITED_LENGTH
 
 
 def find_delta(path: Path) -> Path:
@@ -109,4 +112,6 @@ def find_delta(path: Path) -> Path:
     for folder in (path, path / "delta"):
         if (folder / "delta.json").is_file():
             return folder
+    if (path / "model" / "model.json").is_file():
+        raise InputError(f"{path} holds a whole model, no delta: evaluate {path} itself, without --delta")
     raise InputError(f"{path} holds no delta.json; give a delta folder or a finished run of `modicum tune`")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ... import InputError
 from ...research.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from ...parallel.layout import Layout
 
+UNLIMITED_LENGTH = 128
+"""Tokens of the longest text, unless told, where a model's positions have no limit."""
 BEST_METRICS = {"loss": "loss", "accuracy": "+accuracy"}
 
 
@@ -77,13 +80,20 @@ class PlacementOptions:
     process: int | None = None
     """Which of them this is, from 0."""
 
-    def layout(self) -> Layout:
-        """Join the processes, then lay out the mesh."""
+    def layout(self, batch: int) -> Layout:
+        """Join the processes, then lay out the mesh; refuses one that does not divide `batch` rows."""
+        import jax
+
         from ...parallel.layout import Layout
         from ...parallel.mesh import MeshShape, make_mesh
         from ...parallel.processes import initialize
 
         initialize(self.coordinator, self.processes, self.process)
+        if not self.mesh and (self.zero or jax.process_count() > 1):
+            why = f"zero={self.zero} splits over" if self.zero else f"{jax.process_count()} processes share"
+            raise InputError(f"{why} a mesh, and none is given; add --mesh data={jax.device_count()}")
         if not self.mesh:
             return Layout.single()
-        return Layout(make_mesh(MeshShape.parse(self.mesh)), zero=self.zero)
+        layout = Layout(make_mesh(MeshShape.parse(self.mesh)), zero=self.zero)
+        layout.local_rows(batch)
+        return layout

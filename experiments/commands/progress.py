@@ -16,6 +16,14 @@ def console() -> Console:
     return Console(stderr=True)
 
 
+def say(text: str) -> None:
+    """Print a result; of several processes the first speaks for all."""
+    from ...parallel.processes import is_main
+
+    if is_main():
+        print(text, flush=True)
+
+
 @contextmanager
 def training_bar(label: str, steps: int) -> Iterator[Report]:
     """Show loss, rate, MFU where the peak is known, and the time left, while training for `steps` steps."""

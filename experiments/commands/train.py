@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from ... import InputError
 from .options import PlacementOptions, TrainingOptions
 
 if TYPE_CHECKING:
@@ -67,22 +67,20 @@ class Train:
 
     def run(self) -> int:
         """Train, and store the model."""
-        from ...models import Precision, Transformer
-        from ...models.precision import policy
-        from ...models.presets import preset
+        from ...models import Transformer
         from ...parallel.processes import is_main
-        from ...research.data.sources import load_splits
         from ...research.study.runs import Run
+        from .progress import say
 
-        shape = preset(self.preset)
-        layout = self.placement.layout()
-        splits = load_splits(self.data, self.text_column)
+        training = self.training.config(self.learning_rate, "loss")
+        shape = self._shape()
+        layout = self.placement.layout(training.batch)
+        splits = self._splits()
         tokenizer = self._tokenizer(splits["train"])
-        precision: Precision = policy(self.training.precision)
-        config = replace(shape, vocab=tokenizer.vocab, precision=precision, scan=self.scan, remat=self.remat)
+        config = replace(shape, vocab=tokenizer.vocab)
         question = TrainRun(
             config,
-            self.training.config(self.learning_rate, "loss"),
+            training,
             tokenizer.fingerprint,
             self.length,
             self.holdout,
@@ -100,10 +98,11 @@ class Train:
             write=is_main(),
         )
         if run.state == "finished":
-            print(f"{run.folder}: finished before, nothing to do; evaluation loss {run.result['loss']:.4f}")
+            say(f"{run.folder}: finished before, nothing to do; evaluation loss {run.result['loss']:.4f}")
             return 0
-        train_rows, dev_rows = self._rows(splits, tokenizer, run)
-        return self._train(run, question, Transformer(config), tokenizer, train_rows, dev_rows, layout)
+        with run.unless_refused():
+            train_rows, dev_rows = self._rows(splits, tokenizer, run)
+            return self._train(run, question, Transformer(config), tokenizer, train_rows, dev_rows, layout)
 
     def _train(
         self,
@@ -115,35 +114,55 @@ class Train:
         dev_rows: Any,
         layout: Layout,
     ) -> int:
-        import jax
-
         from ...models.costs import parameter_count
+        from ...parallel.batches import on_host
         from ...parallel.processes import is_main
+        from ...research.training.evaluation import perplexity
         from ...research.training.loop import train
         from ...research.training.model_folder import save_model
         from ...research.training.tasks import language_model_job
-        from .progress import training_bar
+        from .progress import say, training_bar
         from .stops import exit_code
 
         job = language_model_job(model, train_rows, question.training, layout=layout, evaluation=dev_rows)
         size = f"{len(train_rows):,} rows of {self.length} tokens"
-        print(f"{run.folder}: {parameter_count(model):,} parameters, {size}")
+        say(f"{run.folder}: {parameter_count(model):,} parameters, {size}")
         with training_bar("training", question.training.steps) as report:
             outcome = train(job, question.training, run, layout=layout, report=report)
         if code := exit_code(outcome, run.folder):
             return code
         best = next(e for e in outcome.evaluations if e["step"] == int(outcome.best.step))
-        params = jax.device_get(outcome.best.evaluated)
+        params = on_host(outcome.best.evaluated)
         if is_main():
             save_model(run.folder / "model", model, params, tokenizer=tokenizer)
-        result = {**best, "perplexity": math.exp(best["loss"]), "parameters": parameter_count(model)}
+        result = {**best, "perplexity": perplexity(best["loss"]), "parameters": parameter_count(model)}
         run.finish(result)
-        print(
+        say(
             f"{run.folder}: best at step {best['step']}: evaluation loss {best['loss']:.4f} nats a token, "
             f"perplexity {result['perplexity']:.2f}, next-token accuracy {best['accuracy']:.1%}; "
             f"the model is in {run.folder / 'model'}"
         )
         return 0
+
+    def _shape(self) -> TransformerConfig:
+        """The preset with what was chosen for it."""
+        from ...models.precision import policy
+        from ...models.presets import preset
+
+        shape = preset(self.preset)
+        if shape.kind != "decoder":
+            raise InputError(f"preset {self.preset!r} is an {shape.kind}; a language model is a decoder")
+        shape.positions.require(self.length)
+        precision = policy(self.training.precision)
+        return replace(shape, precision=precision, scan=self.scan or shape.scan, remat=self.remat)
+
+    def _splits(self) -> dict[str, Source]:
+        from ...research.data.sources import load_splits
+
+        splits = load_splits(self.data, self.text_column)
+        if "train" not in splits:
+            raise InputError(f"{self.data}: no train split; there is: {', '.join(splits)}")
+        return splits
 
     def _tokenizer(self, source: Source) -> Tokenizer:
         from ...research.data.tokenizers import Tokenizer, train_tokenizer

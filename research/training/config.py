@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,6 +43,12 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name}={value} must be a finite number of at least 0")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -74,6 +81,8 @@ class TrainingConfig:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch % self.accumulate:
             raise InputError(f"batch={self.batch} does not divide into accumulate={self.accumulate} parts")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed} must be at least 0 and below 2**32")
         if self.patience and not self.evaluate_every:
             raise InputError(f"patience={self.patience} needs evaluate_every of at least 1")
         if not 0.0 <= self.ema < 1.0:

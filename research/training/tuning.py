@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 
+from ... import InputError
 from ...models.heads import ClassifierHead
 from ...models.model import Params
 from ...models.transformer import Transformer
+from ...parallel.batches import on_host
 from ...parallel.layout import Layout
 from ...parallel.processes import is_main
 from ..data.examples import Examples
@@ -67,8 +69,9 @@ def tune_classifier(
     if outcome.stopped and outcome.stopped.startswith("SIG"):
         return outcome
     result = _measure(outcome, job, rows, layout)
+    trained = on_host(outcome.best.evaluated)
     if is_main():
-        stored = _store(run.folder, model, params, tuned, outcome, rows.labels, job, tokenizer)
+        stored = _store(run.folder, model, params, tuned, trained, rows.labels, job, tokenizer)
         result["stored_bytes"] = sum(file.stat().st_size for file in stored.rglob("*") if file.is_file())
     run.finish(result)
     return outcome
@@ -76,7 +79,11 @@ def tune_classifier(
 
 def load_tuned(folder: Path, trained: TrainedModel) -> tuple[Tuned, dict[str, Any], Params, tuple[Any, ...]]:
     """A stored delta on its backbone: the tuned model, its variables, the parameters, the labels."""
-    notes = read_header(folder)["notes"]
+    notes = read_header(folder).get("notes", {})
+    if missing := sorted({"labels", "pooling"} - set(notes)):
+        raise InputError(
+            f"{folder}: its notes have no {missing[0]!r}; `modicum tune` stores it with a classifier's delta"
+        )
     labels = tuple(notes["labels"])
     model, params = with_classifier(trained, ClassifierHead(len(labels), notes["pooling"]), seed=0)
     tuned, variables = load_delta(folder, model, params)
@@ -89,8 +96,9 @@ def _measure(outcome: Outcome, job: Job, rows: ClassificationRows, layout: Layou
     result: dict[str, Any] = {"best_step": dev["step"]}
     result |= {f"dev_{metric}": value for metric, value in dev.items() if metric != "step"}
     assert job.sums_of is not None
+    frozen = jax.device_put(job.frozen, layout.parameters(job.frozen, job.axes))
     if (test := evaluation_of(job.sums_of, rows.test, layout)) is not None:
-        result |= {f"test_{metric}": value for metric, value in test(best.evaluated, job.frozen).items()}
+        result |= {f"test_{metric}": value for metric, value in test(best.evaluated, frozen).items()}
     return result | {
         "trained_parameters": parameter_count(best.trainable),
         "memory_total": memory and memory.total,
@@ -104,12 +112,11 @@ def _store(
     model: Transformer,
     params: Params,
     tuned: Tuned | None,
-    outcome: Outcome,
+    trained: Params,
     labels: tuple[Any, ...],
     job: Job,
     tokenizer: Tokenizer | None,
 ) -> Path:
-    trained = jax.device_get(outcome.best.evaluated)
     if tuned is None:
         save_model(folder / MODEL, model, trained, labels=labels, tokenizer=tokenizer)
         return folder / MODEL
