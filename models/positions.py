@@ -23,6 +23,19 @@ from .precision import Precision
 class Positions:
     """No position information; the base of the others."""
 
+    @property
+    def limit(self) -> int | None:
+        """How many positions there are; None where there is no limit."""
+        return None
+
+    def require(self, length: int) -> None:
+        """Raise `InputError` for a sequence that is longer than the positions."""
+        if self.limit is not None and length > self.limit:
+            raise InputError(
+                f"sequence length {length} exceeds the model's {self.limit} positions; "
+                f"use length <= {self.limit} or a model with more positions"
+            )
+
     def embedding(self, width: int, precision: Precision, std: float) -> nn.Module | None:
         """A module `positions [B, T] -> [B, T, D]` whose value is added to the embeddings, if any."""
         return None
@@ -42,9 +55,14 @@ class Learned(Positions):
 
     max_length: int = 1024
 
+    @property
+    def limit(self) -> int:
+        """As many as there are vectors."""
+        return self.max_length
+
     def embedding(self, width: int, precision: Precision, std: float) -> nn.Module:
         """Looks positions up in `position_embedding/table` `[max_length, D]`."""
-        return LearnedModule(self.max_length, width, precision, std, name="position_embedding")
+        return LearnedModule(self, width, precision, std, name="position_embedding")
 
 
 @dataclass(frozen=True)
@@ -107,19 +125,15 @@ class ALiBi(Positions):
 class LearnedModule(nn.Module):
     """A table of positions."""
 
-    max_length: int
+    choice: Learned
     width: int
     precision: Precision
     std: float
 
     @nn.compact
     def __call__(self, positions: jax.Array) -> jax.Array:
-        if positions.shape[-1] > self.max_length:
-            raise InputError(
-                f"sequence length {positions.shape[-1]} exceeds the model's {self.max_length} positions; "
-                f"use length <= {self.max_length} or a model with more positions"
-            )
-        shape, dtype = (self.max_length, self.width), jnp.dtype(self.precision.param)
+        self.choice.require(positions.shape[-1])
+        shape, dtype = (self.choice.max_length, self.width), jnp.dtype(self.precision.param)
         table = self.param("table", nn.initializers.normal(self.std), shape, dtype)
         return jnp.take(table.astype(self.precision.compute), positions, axis=0)
 
