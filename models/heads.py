@@ -56,15 +56,20 @@ class LanguageModelHeadModule(nn.Module):
     def __call__(self, hidden: jax.Array, segments: jax.Array | None, table: jax.Array) -> jax.Array:
         config = self.config
         if config.tied:
-            logits = jnp.einsum("btd,vd->btv", hidden, table.astype(hidden.dtype))
+            logits = self._product("btd,vd->btv", hidden, table)
         else:
             dtype, shape = jnp.dtype(config.precision.param), (config.width, config.padded_vocab)
             kernel = self.param("kernel", nn.initializers.normal(config.initial_std), shape, dtype)
-            logits = jnp.einsum("btd,dv->btv", hidden, kernel.astype(hidden.dtype))
-        logits = logits.astype(config.precision.output) * config.logit_scale
+            logits = self._product("btd,dv->btv", hidden, kernel)
+        logits = logits * config.logit_scale if config.logit_scale != 1.0 else logits
         if config.padded_vocab == config.vocab:
             return logits
         return jnp.where(jnp.arange(config.padded_vocab) < config.vocab, logits, MASKED_LOGIT)
+
+    def _product(self, spec: str, hidden: jax.Array, weights: jax.Array) -> jax.Array:
+        """Factors in the precision of the arithmetic, sums in the output's."""
+        output = jnp.dtype(self.config.precision.output)
+        return jnp.einsum(spec, hidden, weights.astype(hidden.dtype), preferred_element_type=output)
 
 
 class ClassifierModule(nn.Module):

@@ -83,7 +83,9 @@ class SingleStack(nn.Module):
         mask: Mask = Causal() if config.kind == "decoder" else Full()
         if segments is not None:
             mask = mask & Segments(segments, segments)
-        x, context = embed(config, embedding, tokens, mask, positions, train)
+        x, context = embed(
+            config, embedding, tokens, mask, positions, train, bidirectional=config.kind == "encoder"
+        )
         hidden = finish(config, apply_layers(config, x, context))
         return hidden if self.head is None else self.head.build(config)(hidden, segments, embedding.table)
 
@@ -154,7 +156,7 @@ class Decoder(nn.Module):
         train: bool,
     ) -> jax.Array:
         mask = Causal() & Segments(segments, segments)
-        x, context = embed(self.config, embedding, tokens, mask, positions, train)
+        x, context = embed(self.config, embedding, tokens, mask, positions, train, bidirectional=False)
         context = replace(context, memory=memory, memory_mask=Segments(segments, memory_segments))
         return finish(self.config, apply_layers(self.config, x, context, cross=True))
 
@@ -166,7 +168,8 @@ def embed(
     mask: Mask,
     positions: jax.Array | None,
     train: bool,
-    bidirectional: bool | None = None,
+    *,
+    bidirectional: bool,
 ) -> tuple[jax.Array, Context]:
     """The residual stream `[B, T, D]` before the first layer, and what the layers see beside it."""
     config.precision.require_available()
@@ -179,8 +182,7 @@ def embed(
     if config.embedding_norm:
         x = config.norm.build(config.precision, "embedding_norm")(x)
     x = Hook(name="embedded")(nn.Dropout(config.dropout, deterministic=not train)(x))
-    both_ways = config.kind == "encoder" if bidirectional is None else bidirectional
-    bias = config.positions.bias(config.attention.heads, both_ways, config.precision, config.initial_std)
+    bias = config.positions.bias(config.attention.heads, bidirectional, config.precision, config.initial_std)
     return x, Context(mask, positions, bias=None if bias is None else bias(), train=train)
 
 
