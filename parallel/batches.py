@@ -35,6 +35,12 @@ def local_rows(rows: int, mesh: Mesh, rules: AxisRules = DEFAULT_RULES) -> slice
     return slice(mine[0] * each, (mine[-1] + 1) * each)
 
 
+def fitting_rows(rows: int, mesh: Mesh, rules: AxisRules = DEFAULT_RULES) -> int:
+    """The smallest number of rows, from `rows` up, that divides over the mesh."""
+    blocks, _ = _row_blocks(mesh, rules)
+    return -(-rows // blocks) * blocks
+
+
 def place_batch(batch: Any, mesh: Mesh, rules: AxisRules = DEFAULT_RULES) -> Any:
     """Turn this process's rows (numpy, [b, ...], see `local_rows`) into global arrays [B, ...] on the mesh.
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from .. import InputError
-from .batches import batch_sharding, local_rows, place_batch, replicated
+from .batches import batch_sharding, fitting_rows, local_rows, place_batch, replicated
 from .mesh import MeshShape, make_mesh
 from .rules import DEFAULT_RULES, AxisRules, AxisTable, axis_names
 from .zero import (
@@ -85,6 +85,10 @@ class Layout:
     def local_rows(self, rows: int) -> slice:
         """Which rows of a global batch this process provides, see `modicum.parallel.local_rows`."""
         return local_rows(rows, self.mesh, self.rules)
+
+    def fitting_rows(self, rows: int) -> int:
+        """The smallest number of rows, from `rows` up, that divides over the mesh."""
+        return fitting_rows(rows, self.mesh, self.rules)
 
     def activations(self, x: jax.Array) -> jax.Array:
         """`x [B, T, ...]`, in a traced function, held where the batch lies: a device computes its own rows.

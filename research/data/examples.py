@@ -109,8 +109,8 @@ def examples(
     longest = int(np.argmax([len(each) for each in ids]))
     if len(ids[longest]) > length and not truncate:
         raise InputError(
-            f"{source.name}: row {longest + 1} has {len(ids[longest])} tokens, the model {length} positions; "
-            "choose a longer model or allow truncation"
+            f"{source.name}: row {longest + 1} has {len(ids[longest])} tokens, the longest allowed {length}; "
+            "allow more, up to the model's positions, or truncate (--truncate)"
         )
     ids = [each if len(each) <= length else np.append(each[: length - 1], each[-1]) for each in ids]
     return Examples(ids, numbers, length, tokenizer.pad)

@@ -170,7 +170,8 @@ def _find(folder: Path, identity: str, question: Mapping[str, Any]) -> State:
     """What stands at `folder`; InputError where it is not this question's run."""
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
-            raise InputError(f"{folder}: a run is a folder, but {place} is a file; choose another place")
+            what = "this" if place == folder else str(place)
+            raise InputError(f"{folder}: a run is a folder, but {what} is a file; choose another place")
     if not (folder / CONFIG).exists():
         if strangers := _strangers(folder):
             raise InputError(f"{folder}: holds {strangers[0]!r} and no run; choose a new or an empty folder")

@@ -120,9 +120,13 @@ def local_batches(rows: Rows, config: TrainingConfig, layout: Layout) -> Callabl
 def evaluation_of(
     sums_of: SumsOf, rows: Rows | None, layout: Layout, batch: int = EVALUATION_BATCH
 ) -> Callable[[Tree, Tree], Evaluation] | None:
-    """The function from trained and frozen arrays to means over all `rows`; None without rows."""
+    """The function from trained and frozen arrays to means over all `rows`; None without rows.
+
+    A batch has at least `batch` rows, and as many more as it takes to divide over the mesh.
+    """
     if rows is None:
         return None
+    batch = layout.fitting_rows(batch)
     mine = layout.local_rows(batch)
     count = batch // (mine.stop - mine.start)
     part = (mine.start * count // batch, count)

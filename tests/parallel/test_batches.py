@@ -5,6 +5,7 @@ from jax.sharding import PartitionSpec
 
 from modicum import InputError
 from modicum.parallel import Layout, MeshShape, batch_sharding, local_rows, make_mesh, place_batch
+from modicum.parallel.batches import fitting_rows, on_host
 
 
 def batch(rows=8, length=6):
@@ -47,3 +48,16 @@ def test_indivisible_batches_are_named():
         InputError, match=r"\['tokens'\] of shape \(8, 5\): length 5 .* context=2; pad it to 6$"
     ):
         place_batch({"tokens": np.zeros((8, 5))}, mesh)
+
+
+def test_rows_are_rounded_up_to_what_divides():
+    mesh = make_mesh(MeshShape(data=3), jax.devices()[:3])
+    assert [fitting_rows(rows, mesh) for rows in (1, 3, 64)] == [3, 3, 66]
+
+
+def test_arrays_come_back_whole():
+    whole = batch()
+    layout = Layout(make_mesh(MeshShape(data=4, context=2)))
+    back = on_host(layout.place(whole))
+    assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(back))
+    jax.tree.map(np.testing.assert_array_equal, back, whole)

@@ -74,7 +74,7 @@ def test_bad_labels(tokenizer: Tokenizer) -> None:
 def test_long_texts_are_an_error_unless_cut(tokenizer: Tokenizer) -> None:
     data = source(["abc", "abcdefgh"], ["good", "bad"])
     labels = Labels.of(data)
-    with pytest.raises(InputError, match=r"reviews\.jsonl: row 2 has 9 tokens, the model 6 positions"):
+    with pytest.raises(InputError, match=r"reviews\.jsonl: row 2 has 9 tokens, the longest allowed 6"):
         examples(data, tokenizer, labels, 6)
     rows = examples(data, tokenizer, labels, 6, truncate=True)
     assert tokenizer.decode(rows[1]["tokens"]) == "abcde" and rows[1]["tokens"][-1] == tokenizer.eos
