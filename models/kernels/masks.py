@@ -173,8 +173,8 @@ class Lengths(Mask):
     lengths: int | AnyArray
 
     def predicate(self, rows: Span, columns: Span) -> Array:
-        """The columns before the length, `[B, 1, 1, s]`."""
-        return columns.indices() < per_batch(self.lengths)
+        """The columns before the length, `[B or 1, 1, 1, s]`."""
+        return columns.indices()[None, None, None, :] < per_batch(self.lengths)
 
     def mismatch(self, sizes: Sizes) -> str | None:
         """One length a batch row."""
