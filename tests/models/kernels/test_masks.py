@@ -45,6 +45,7 @@ QUERY, KEY = (
         (Window(1, 0, offset=2), (COLUMN >= ROW + 1) & (COLUMN <= ROW + 2)),
         (Window(None, 0), COLUMN <= ROW),
         (Prefix(LENGTHS), (COLUMN <= ROW) | (LENGTHS[:, None, None, None] > COLUMN)),
+        (Lengths(3), (COLUMN < 3) & (ROW >= 0)),
         (Lengths(LENGTHS), LENGTHS[:, None, None, None] > COLUMN),
         (
             Segments(QUERY, KEY),
@@ -57,6 +58,7 @@ QUERY, KEY = (
 )
 def test_predicate_is_the_definition(mask, expected):
     found = whole(mask, 5, 7)
+    assert found.ndim == 4
     np.testing.assert_array_equal(*np.broadcast_arrays(found, expected))
 
 
