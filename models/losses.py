@@ -41,5 +41,9 @@ def weighted_cross_entropy(
 
 
 def weighted_correct(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """Summed weight of the rows whose largest logit is the target's."""
-    return ((logits.argmax(-1) == targets) * weights).sum().astype(jnp.float32)
+    """Summed weight of the rows whose largest logit is the target's; of equal ones the first counts."""
+    # What `logits.argmax(-1) == targets` says, but a comparison vectorises on CPUs, where argmax does not.
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    after = jnp.arange(logits.shape[-1]) >= targets[..., None]
+    best = ((logits < chosen) | ((logits == chosen) & after)).all(-1)
+    return (best * weights).sum().astype(jnp.float32)

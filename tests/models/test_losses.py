@@ -44,3 +44,14 @@ def test_sums_are_weighted(x64):
     assert weight == 3.5
     correct = weighted_correct(LOGITS, LOGITS.argmax(-1), WEIGHTS)
     assert correct == 3.5
+
+
+def test_correct_is_what_argmax_says_with_ties_too():
+    logits = np.random.default_rng(1).integers(0, 3, (40, 5)).astype(np.float32)
+    logits[0], logits[1] = 0.0, np.nan
+    for target in range(5):
+        targets = np.full(40, target)
+        hits = weighted_correct(jnp.asarray(logits[2:]), targets[2:], jnp.ones(38))
+        assert hits == (logits[2:].argmax(-1) == target).sum()
+        assert weighted_correct(jnp.asarray(logits[:1]), targets[:1], jnp.ones(1)) == (target == 0)
+        assert weighted_correct(jnp.asarray(logits[1:2]), targets[:1], jnp.ones(1)) == 0
