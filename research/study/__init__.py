@@ -9,5 +9,5 @@
 * `tables` mean ± standard deviation over seeds, as Markdown and CSV
 * `figures` SVG figures
 * `report` one self-contained HTML page
-* `report_from_runs` the same page made from any folder of runs
+* `collect` the same page made from any folder of runs
 """
