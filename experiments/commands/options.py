@@ -88,6 +88,7 @@ class PlacementOptions:
         from ...parallel.mesh import MeshShape, make_mesh
         from ...parallel.processes import initialize
 
+        self._require_all_or_none()
         initialize(self.coordinator, self.processes, self.process)
         if not self.mesh and (self.zero or jax.process_count() > 1):
             why = f"zero={self.zero} splits over" if self.zero else f"{jax.process_count()} processes share"
@@ -97,3 +98,12 @@ class PlacementOptions:
         layout = Layout(make_mesh(MeshShape.parse(self.mesh)), zero=self.zero)
         layout.local_rows(batch)
         return layout
+
+    def _require_all_or_none(self) -> None:
+        given = {name: getattr(self, name) for name in ("coordinator", "processes", "process")}
+        missing = [f"--{name}" for name, value in given.items() if value is None]
+        if missing and len(missing) < len(given) and self.processes != 1:
+            raise InputError(
+                f"{' and '.join(missing)} missing; several processes need all of "
+                f"{', '.join(f'--{name}' for name in given)}, or none under a launcher"
+            )
