@@ -76,9 +76,11 @@ class Size:
     pretraining_batch: int = 16
     heldout_rows: int = 256
     evaluations: int = 4
-    tuning_steps: int = 120
+    tuning_steps: int = 100
+    tuning_evaluations: int = 2
     tuning_batch: int = 16
     snippets: int = 500
+    dev_snippets: int = 40
     snippet_tokens: int = 64
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -89,7 +91,9 @@ SMOKE = Size(
     heldout_rows=64,
     evaluations=1,
     tuning_steps=4,
+    tuning_evaluations=1,
     snippets=16,
+    dev_snippets=8,
     seeds=(0, 1),
 )
 
@@ -235,7 +239,8 @@ def max_length(config: TransformerConfig) -> int:
 
 def classification_rows(documents: list[Document], pretrained: Pretrained, size: Size) -> ClassificationRows:
     """The task's examples, cut to `snippet_tokens` on purpose: it is the same for all methods."""
-    sources = {split: snippets(documents, split, size.snippets) for split in ("train", "dev", "test")}
+    counts = {"train": size.snippets, "dev": size.dev_snippets, "test": size.snippets}
+    sources = {split: snippets(documents, split, count) for split, count in counts.items()}
     labels = Labels.of(sources["train"])
     encoded = {
         split: examples(source, pretrained.tokenizer, labels, size.snippet_tokens, truncate=True)
@@ -260,7 +265,7 @@ def tune(
         batch=size.tuning_batch,
         optimizer=OptimizerConfig("adamw", learning_rate),
         seed=seed,
-        evaluate_every=max(1, size.tuning_steps // size.evaluations),
+        evaluate_every=max(1, size.tuning_steps // size.tuning_evaluations),
         best_metric="+accuracy",
     )
     spec = METHODS[name]

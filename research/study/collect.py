@@ -93,7 +93,7 @@ def differing(runs: Sequence[Collected]) -> list[str]:
 def _results(runs: Sequence[Collected]) -> Table:
     fields = differing(runs)
     short = {name: _short(name, fields) for name in fields}
-    values = [name for name in _measured(runs[0]) if not name.startswith("memory_")]
+    values = [n for n in _measured(runs[0]) if not n.startswith("memory_") and n != "best_step"]
     rows = []
     for run in runs:
         flat = flatten(run.question)
