@@ -77,26 +77,12 @@ def delta_tuning(tuned: Any) -> Forward:
 
 def language_modelling(forward: Forward, smoothing: float = 0.0) -> Loss:
     """Cross entropy of `targets [B, T]` weighted by `weights [B, T]`; reports `accuracy` by token."""
-
-    def loss(trainable: Tree, frozen: Tree, batch: Batch, rng: jax.Array | None) -> LossSums:
-        logits = forward(
-            trainable, frozen, batch["tokens"], rng=rng, train=rng is not None, **inputs_of(batch)
-        )
-        return _sums(logits, batch["targets"], batch["weights"], smoothing)
-
-    return loss
+    return _cross_entropy(forward, "targets", "weights", smoothing)
 
 
 def classification(forward: Forward, smoothing: float = 0.0) -> Loss:
     """Cross entropy of `label [B]` weighted by `weight [B]`; reports `accuracy` by row."""
-
-    def loss(trainable: Tree, frozen: Tree, batch: Batch, rng: jax.Array | None) -> LossSums:
-        logits = forward(
-            trainable, frozen, batch["tokens"], rng=rng, train=rng is not None, **inputs_of(batch)
-        )
-        return _sums(logits, batch["label"], batch["weight"], smoothing)
-
-    return loss
+    return _cross_entropy(forward, "label", "weight", smoothing)
 
 
 def inputs_of(batch: Batch) -> dict[str, jax.Array]:
@@ -104,6 +90,13 @@ def inputs_of(batch: Batch) -> dict[str, jax.Array]:
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
-def _sums(logits: jax.Array, targets: jax.Array, weights: jax.Array, smoothing: float) -> LossSums:
-    total, weight = weighted_cross_entropy(logits, targets, weights, smoothing)
-    return LossSums(total, weight, {"accuracy": weighted_correct(logits, targets, weights)})
+def _cross_entropy(forward: Forward, targets: str, weights: str, smoothing: float) -> Loss:
+    def loss(trainable: Tree, frozen: Tree, batch: Batch, rng: jax.Array | None) -> LossSums:
+        logits = forward(
+            trainable, frozen, batch["tokens"], rng=rng, train=rng is not None, **inputs_of(batch)
+        )
+        total, weight = weighted_cross_entropy(logits, batch[targets], batch[weights], smoothing)
+        correct = weighted_correct(logits, batch[targets], batch[weights])
+        return LossSums(total, weight, {"accuracy": correct})
+
+    return loss
