@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -26,7 +27,10 @@ def say(text: str) -> None:
 
 @contextmanager
 def training_bar(label: str, steps: int) -> Iterator[Report]:
-    """Show loss, rate, MFU where the peak is known, and the time left, while training for `steps` steps."""
+    """Show loss, rate, MFU where the peak is known, and the time left, while training for `steps` steps.
+
+    Where nobody watches, and for who scrolls back, one line says how it ended.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -34,14 +38,18 @@ def training_bar(label: str, steps: int) -> Iterator[Report]:
         TextColumn("{task.fields[numbers]}"),
         TimeRemainingColumn(),
     )
-    screen = console()
+    screen, began, seen = console(), time.perf_counter(), dict[str, float]()
     with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as progress:
         task = progress.add_task(label, total=steps, numbers="compiling")
 
         def report(step: int, metrics: Mapping[str, float]) -> None:
             progress.update(task, completed=step, numbers=describe(metrics))
+            seen.update(metrics, step=step)
 
         yield report
+    if seen:
+        took = time.perf_counter() - began
+        screen.print(f"{label}: step {seen['step']} of {steps}, loss {seen['loss']:.3f}, {took:.0f} s")
 
 
 def describe(metrics: Mapping[str, float]) -> str:
