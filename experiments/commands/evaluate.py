@@ -43,7 +43,9 @@ class Evaluate:
         """Print the means over the split."""
         from ...research.training.evaluation import perplexity
         from ...research.training.model_folder import find_model, load_model, load_tokenizer
+        from .compilation import cache_compilations
 
+        cache_compilations()
         trained = load_model(find_model(self.model))
         tokenizer = load_tokenizer(trained, self.model)
         if self.delta is None and not trained.labels:

@@ -87,8 +87,10 @@ class PlacementOptions:
         from ...parallel.layout import Layout
         from ...parallel.mesh import MeshShape, make_mesh
         from ...parallel.processes import initialize
+        from .compilation import cache_compilations
 
         self._require_all_or_none()
+        cache_compilations()
         initialize(self.coordinator, self.processes, self.process)
         if not self.mesh and (self.zero or jax.process_count() > 1):
             why = f"zero={self.zero} splits over" if self.zero else f"{jax.process_count()} processes share"
