@@ -15,6 +15,7 @@ from .mlp import MLP, GatedMLP
 from .norms import LayerNorm, Norm
 from .positions import Learned, Positions
 from .precision import Precision
+from .products import dense_product
 from .residuals import PreNorm, Residual
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
@@ -105,5 +106,6 @@ class TransformerConfig:
             dtype=jnp.dtype(self.precision.compute),
             param_dtype=jnp.dtype(self.precision.param),
             kernel_init=nn.initializers.normal(std),
+            dot_general=dense_product,
             name=name,
         )

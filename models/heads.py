@@ -13,6 +13,7 @@ from .. import InputError
 from .config import TransformerConfig
 from .losses import MASKED_LOGIT
 from .precision import promote_statistics
+from .products import dense_product
 
 POOLINGS = ("last", "first", "mean")
 
@@ -56,20 +57,22 @@ class LanguageModelHeadModule(nn.Module):
     def __call__(self, hidden: jax.Array, segments: jax.Array | None, table: jax.Array) -> jax.Array:
         config = self.config
         if config.tied:
-            logits = self._product("btd,vd->btv", hidden, table)
+            logits = self._product(hidden, table, 1)
         else:
             dtype, shape = jnp.dtype(config.precision.param), (config.width, config.padded_vocab)
             kernel = self.param("kernel", nn.initializers.normal(config.initial_std), shape, dtype)
-            logits = self._product("btd,dv->btv", hidden, kernel)
+            logits = self._product(hidden, kernel, 0)
         logits = logits * config.logit_scale if config.logit_scale != 1.0 else logits
         if config.padded_vocab == config.vocab:
             return logits
         return jnp.where(jnp.arange(config.padded_vocab) < config.vocab, logits, MASKED_LOGIT)
 
-    def _product(self, spec: str, hidden: jax.Array, weights: jax.Array) -> jax.Array:
-        """Factors in the precision of the arithmetic, sums in the output's."""
+    def _product(self, hidden: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
+        """Sums over `axis` of the weights, in the output's precision; factors in the arithmetic's."""
+        dimensions = ((hidden.ndim - 1,), (axis,)), ((), ())
         output = jnp.dtype(self.config.precision.output)
-        return jnp.einsum(spec, hidden, weights.astype(hidden.dtype), preferred_element_type=output)
+        weights = weights.astype(hidden.dtype)
+        return dense_product(hidden, weights, dimensions, preferred_element_type=output)
 
 
 class ClassifierModule(nn.Module):
