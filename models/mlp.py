@@ -47,6 +47,14 @@ def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
+def activate(name: str, x: jax.Array) -> jax.Array:
+    """The elementwise function called `name`, of `x`; the backward pass computes it again from `x` alone.
+
+    Otherwise parts of it, as large as `x` and the widest arrays of a layer, would be kept until then.
+    """
+    return jax.checkpoint(activation_function(name))(x)
+
+
 @dataclass(frozen=True)
 class MLP:
     """`down(activation(up(x)))` with `width` F neurons (0: four times the model width)."""
@@ -99,7 +107,7 @@ class MLPModule(nn.Module):
         config, bias = self.config, self.choice.bias
         width = self.choice.width or 4 * config.width
         hidden = config.linear(width, bias, name="up")(x)
-        hidden = Hook(name="act")(activation_function(self.choice.activation)(hidden))
+        hidden = Hook(name="act")(activate(self.choice.activation, hidden))
         return config.linear(config.width, bias, name="down", residual=True)(hidden)
 
 
@@ -114,6 +122,6 @@ class GatedMLPModule(nn.Module):
         config, bias = self.config, self.choice.bias
         width = self.choice.width or 4 * config.width
         gate = config.linear(width, bias, name="gate")(x)
-        gate = Hook(name="act")(activation_function(self.choice.activation)(gate))
+        gate = Hook(name="act")(activate(self.choice.activation, gate))
         hidden = Hook(name="mid")(gate * config.linear(width, bias, name="up")(x))
         return config.linear(config.width, bias, name="down", residual=True)(hidden)

@@ -6,6 +6,7 @@ Both normalise over the last axis of `[..., D]` with float32 statistics.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -50,13 +51,8 @@ class LayerNormModule(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype, width = jnp.dtype(self.precision.param), x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (width,), dtype)
-        wide = promote_statistics(x)
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.choice.epsilon) * scale
-        if self.choice.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (width,), dtype)
-        return y.astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (width,), dtype) if self.choice.bias else None
+        return layer_norm(x, scale, bias, self.choice.epsilon)
 
 
 class RMSNormModule(nn.Module):
@@ -68,6 +64,26 @@ class RMSNormModule(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.precision.param))
-        wide = promote_statistics(x)
-        mean_square = jnp.square(wide).mean(-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(mean_square + self.choice.epsilon) * scale).astype(x.dtype)
+        return rms_norm(x, scale, self.choice.epsilon)
+
+
+# Both are computed again in the backward pass, from `x` alone: what is left to keep of the forward pass would
+# be several arrays of its size, and to write and read these takes longer than the arithmetic.
+
+
+@partial(jax.checkpoint, static_argnums=3)
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: float) -> jax.Array:
+    """`x [..., D]` with mean 0 and variance 1 over its last axis, times `scale [D]`, plus `bias [D]`."""
+    wide = promote_statistics(x)
+    centred = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(variance + epsilon) * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+@partial(jax.checkpoint, static_argnums=2)
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """`x [..., D]` with root mean square 1 over its last axis, times `scale [D]`."""
+    wide = promote_statistics(x)
+    mean_square = jnp.square(wide).mean(-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(x.dtype)

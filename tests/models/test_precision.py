@@ -34,9 +34,9 @@ def reductions(jaxpr, found=None):
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("reduce_sum", "reduce_max", "exp", "rsqrt", "dot_general"):
             found.append((equation.primitive.name, equation.invars[0].aval.dtype.name))
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "jaxpr")):
-            if hasattr(value, "jaxpr"):
-                reductions(getattr(value.jaxpr, "jaxpr", value.jaxpr), found)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(value, "eqns"):  # of a loop, a call or a part that is computed again
+                reductions(value, found)
     return found
 
 
