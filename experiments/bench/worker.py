@@ -1,0 +1,93 @@
+"""The process of one contender: commands come in as lines of JSON, timings go out as lines of JSON.
+
+    python -m modicum.experiments.bench.worker NAME JOB THREADS
+
+A process each, so that thread pools, allocators and caches of two frameworks never meet. `THREADS` 0 leaves
+the process on all the processors it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, TextIO
+
+from .job import DecoderJob
+
+REPEATS = 2  # of a matrix product; the faster counts
+
+
+class Contender(Protocol):
+    """Somebody who trains the job."""
+
+    versions: str
+
+    def run(self, steps: int) -> float:
+        """Train for `steps` and return the last loss, once it is there."""
+
+    def product(self, m: int, k: int, n: int) -> Callable[[], None]:
+        """A function that multiplies `[m, k]` by `[k, n]` in float32 and waits for it."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall seconds, and seconds of all processors that this process was given."""
+
+    wall: float
+    cpu: float
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, Timing]:
+    """What `function` returns and how long it took."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    value = function()
+    return value, Timing(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def make_contender(name: str, job: DecoderJob) -> Contender:
+    """The contender of that name; imports its framework and no other."""
+    if name == "ours":
+        from .ours import Ours
+
+        return Ours(job)
+    from .torch_training import TorchTraining
+
+    return TorchTraining(job, compiled=name == "compiled")
+
+
+def serve(contender: Contender, commands: Iterable[str], replies: TextIO) -> None:
+    """Answer commands until there are no more."""
+    for line in commands:
+        command = json.loads(line)
+        answer = measure(contender, **command)
+        print(json.dumps(answer), file=replies, flush=True)
+
+
+def measure(contender: Contender, what: str, **arguments: Any) -> dict[str, Any]:
+    """The reply to one command: `round` trains some steps, `product` multiplies."""
+    if what == "round":
+        loss, timing = timed(lambda: contender.run(arguments["steps"]))
+        return {"loss": loss, "wall": timing.wall, "cpu": timing.cpu}
+    multiply = contender.product(*arguments["sizes"])
+    multiply()  # compiles, allocates
+    timings = [timed(multiply)[1] for _ in range(REPEATS)]
+    return {"wall": min(timing.wall for timing in timings), "cpu": min(timing.cpu for timing in timings)}
+
+
+def main(name: str, job: str, threads: str) -> None:
+    """Serve on standard input and output."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a framework prints must not reach the pipe
+    if int(threads):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
+    contender = make_contender(name, DecoderJob.from_json(job))
+    print(json.dumps({"versions": contender.versions}), file=replies, flush=True)
+    serve(contender, sys.stdin, replies)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
