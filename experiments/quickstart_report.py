@@ -180,6 +180,9 @@ def tuning_section(findings: Findings, table: Table) -> Section:
         f"module names masked; test modules are held out. Means ± standard deviations over {seeds} seeds, "
         "at the best step by the dev split.",
         f"Learning rates come from a sweep on the dev split with one seed, kept in {SWEEP_PAGE}: {rates}.",
+        f"Baselines: the majority class, and naive Bayes on the same tokens. Naive Bayes counts all "
+        f"{findings.counts['train']:,} training snippets; a tuned model has seen "
+        f"{findings.size.tuning_steps * findings.size.tuning_batch:,} by its last step.",
     )
     return Section("Tuning a small part", prose, [table], [figure, memory])
 
