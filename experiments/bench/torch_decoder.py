@@ -83,6 +83,7 @@ def load_parameters(model: Decoder, params: Mapping[str, Any]) -> None:
     _copy(model.positions.weight, params["position_embedding"]["table"])
     _copy_norm(model.final_norm, params["final_norm"])
     for index, layer in enumerate(model.layers):
+        assert isinstance(layer, Block)
         ours = params[f"layers_{index}"]
         _copy_norm(layer.attention_norm, ours["attention_norm"])
         _copy_norm(layer.mlp_norm, ours["mlp_norm"])

@@ -90,7 +90,7 @@ def measure_training(
     flops = training_flops_per_token(decoder_config(job), job.length) * job.tokens
     seen = Measurements(job, flops, load=[os.getloadavg()[0]])
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
+        workers: dict[ContenderName, Worker] = {}
         for name in contenders:
             report(f"{LABELS[name]}: starting and compiling")
             workers[name] = stack.enter_context(Worker(name, job, threads))

@@ -10,7 +10,7 @@ from typing import get_args
 
 from ...research.study.environment import describe_environment
 from ...research.study.runs import write_atomically
-from ...research.study.tables import Table
+from ...research.study.tables import Cell, Table
 from .training import LABELS, Clock, Measurements
 
 CLOCKS: tuple[Clock, ...] = get_args(Clock)
@@ -41,7 +41,7 @@ def utilisation_table(seen: Measurements) -> Table:
         ]
         for clock in CLOCKS
     }
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for name in seen.rounds:
         rates = {clock: seen.flops / seen.seconds(name, clock) for clock in CLOCKS}
         shares = [100 * rates[clock] / rate for clock in CLOCKS for rate in best[clock]]
@@ -52,7 +52,7 @@ def utilisation_table(seen: Measurements) -> Table:
 
 def products_table(seen: Measurements) -> Table:
     """The best matrix products of each library, in GFLOP a second and a CPU second."""
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (
             library,
             *(
