@@ -8,6 +8,9 @@ import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+# Eight devices share one thread pool: with a thread each, collectives can wait for each other for ever
+# (`modicum.parallel.processes`). XLA reads this when the first device is used.
+os.environ.setdefault("NPROC", "256")
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).resolve().parents[1] / ".cache" / "jax"))

@@ -29,8 +29,11 @@ def say(text: str) -> None:
 def training_bar(label: str, steps: int) -> Iterator[Report]:
     """Show loss, rate, MFU where the peak is known, and the time left, while training for `steps` steps.
 
-    Where nobody watches, and for who scrolls back, one line says how it ended.
+    Where nobody watches, and for who scrolls back, one line says how it ended. Of several processes the
+    first shows it.
     """
+    from ...parallel.processes import is_main
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -39,7 +42,8 @@ def training_bar(label: str, steps: int) -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     screen, began, seen = console(), time.perf_counter(), dict[str, float]()
-    with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as progress:
+    shown = screen.is_terminal and is_main()
+    with Progress(*columns, console=screen, disable=not shown, transient=True) as progress:
         task = progress.add_task(label, total=steps, numbers="compiling")
 
         def report(step: int, metrics: Mapping[str, float]) -> None:
@@ -47,7 +51,7 @@ def training_bar(label: str, steps: int) -> Iterator[Report]:
             seen.update(metrics, step=step)
 
         yield report
-    if seen:
+    if seen and is_main():
         took = time.perf_counter() - began
         screen.print(f"{label}: step {seen['step']} of {steps}, loss {seen['loss']:.3f}, {took:.0f} s")
 

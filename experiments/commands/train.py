@@ -68,7 +68,7 @@ class Train:
     def run(self) -> int:
         """Train, and store the model."""
         from ...models import Transformer
-        from ...parallel.processes import is_main
+        from ...parallel.processes import is_main, main_first
         from ...research.study.runs import Run
         from .progress import say
 
@@ -88,20 +88,22 @@ class Train:
             self.placement.zero,
         )
         fingerprint = "-".join(source.fingerprint for source in splits.values())
-        run = Run.open(
-            self.out.parent,
-            question,
-            seed=self.training.seed,
-            data_fingerprint=fingerprint,
-            name=self.out.name,
-            devices=describe_devices(layout),
-            write=is_main(),
-        )
+        with main_first("opened"):
+            run = Run.open(
+                self.out.parent,
+                question,
+                seed=self.training.seed,
+                data_fingerprint=fingerprint,
+                name=self.out.name,
+                devices=describe_devices(layout),
+                write=is_main(),
+            )
         if run.state == "finished":
             say(f"{run.folder}: finished before, nothing to do; evaluation loss {run.result['loss']:.4f}")
             return 0
         with run.unless_refused():
-            train_rows, dev_rows = self._rows(splits, tokenizer, run)
+            with main_first("packed"):
+                train_rows, dev_rows = self._rows(splits, tokenizer, run)
             return self._train(run, question, Transformer(config), tokenizer, train_rows, dev_rows, layout)
 
     def _train(

@@ -163,7 +163,7 @@ class Tune:
     def _open(self, config: TrainingConfig, task: Task, layout: Layout) -> Run:
         """The run of one learning rate."""
         from ...models.heads import ClassifierHead
-        from ...parallel.processes import is_main
+        from ...parallel.processes import is_main, main_first
         from ...research.study.runs import Run
         from ...research.training.fingerprint import combined
 
@@ -177,15 +177,16 @@ class Tune:
             task.rows.train.length,
             self.truncate,
         )
-        return Run.open(
-            self.out,
-            question,
-            seed=self.training.seed,
-            data_fingerprint=task.fingerprint,
-            name=f"{method_name(self.method)}-{config.optimizer.learning_rate:g}",
-            devices=describe_devices(layout),
-            write=is_main(),
-        )
+        with main_first("opened"):
+            return Run.open(
+                self.out,
+                question,
+                seed=self.training.seed,
+                data_fingerprint=task.fingerprint,
+                name=f"{method_name(self.method)}-{config.optimizer.learning_rate:g}",
+                devices=describe_devices(layout),
+                write=is_main(),
+            )
 
     def _attempt(self, run: Run, config: TrainingConfig, task: Task, layout: Layout) -> int:
         """One learning rate; returns the exit code, not 0 where it was stopped by a signal."""
