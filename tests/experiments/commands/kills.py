@@ -103,7 +103,7 @@ def stop(
 def kill_often(corpus: Path, out: Path, kills: int, rng: random.Random) -> Iterator[Kill]:
     """Kill the command so often, each time a little further; one in four in its first seconds."""
     for _ in range(kills):
-        more = rng.randint(1, max(2, STEPS // kills)) if rng.random() < 0.75 else 0
+        more = rng.randint(1, min(STEPS // 3, 2 * STEPS // kills)) if rng.random() < 0.75 else 0
         delay = rng.random() * (0.2 if more else 6.0)
         kill, code = stop(corpus, out, signal.SIGKILL, more, delay)
         if code != -signal.SIGKILL:
