@@ -44,7 +44,7 @@ def test_block_map_keeps_its_promises(random_masks, grid, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_block_map_keeps_its_promises_on_many(random_masks, data):
     grid = data.draw(st.sampled_from(GRIDS))
