@@ -45,9 +45,10 @@ class Ours:
             {"tokens": jnp.asarray(x), "targets": jnp.asarray(y), "weights": jnp.ones(x.shape, jnp.float32)}
             for x, y in job.batches()
         )
-        model, optimizer = Transformer(decoder_config(job)), make_optimizer(optimizer_config(job), steps=1)
-        self.loss = language_modelling(full_tuning(model))
-        params = jax.jit(model.init)(jax.random.key(0), next(self.batches)["tokens"])
+        optimizer = make_optimizer(optimizer_config(job), steps=1)
+        self.model = Transformer(decoder_config(job))
+        self.loss = language_modelling(full_tuning(self.model))
+        params = jax.jit(self.model.init)(jax.random.key(0), jnp.zeros((1, job.length), jnp.int32))
         self.state: TrainState = create_state(params, optimizer)
         self.step = jax.jit(make_train_step(self.loss, optimizer), donate_argnums=0)
 

@@ -82,7 +82,7 @@ def measure_training(
 
     Raises `InputError` where PyTorch is needed and absent, and for counts below 1.
     """
-    check(rounds=rounds, steps=steps)
+    check(rounds=rounds, steps=steps, contenders=len(contenders))
     require_peers(contenders)
     from ...models.costs import training_flops_per_token
     from .ours import decoder_config
@@ -91,7 +91,7 @@ def measure_training(
     seen = Measurements(job, flops, load=[os.getloadavg()[0]])
     with ExitStack() as stack:
         workers: dict[ContenderName, Worker] = {}
-        for name in contenders:
+        for name in dict.fromkeys(contenders):
             report(f"{LABELS[name]}: starting and compiling")
             workers[name] = stack.enter_context(Worker(name, job, threads))
             workers[name].round(WARMUP)

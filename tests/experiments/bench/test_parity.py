@@ -1,94 +1,88 @@
-"""The benchmark's contenders are one model: same logits, gradients and losses from the same weights."""
+"""Both sides of the benchmark compute the same thing: logits, gradients and AdamW's steps agree."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modicum import InputError
 from modicum.experiments.bench.job import DecoderJob
+from modicum.experiments.bench.ours import Ours
 
-JOB = DecoderJob(layers=2, width=32, heads=4, length=24, batch=3, vocab=61)
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.peers
+
+JOB = DecoderJob(layers=2, width=48, heads=3, length=32, batch=3, vocab=101)
+
+
+def numbers(tree):
+    """The tree in numpy: the train step donates its arrays."""
+    return jax.tree.map(np.array, tree)
 
 
 @pytest.fixture(scope="module")
-def pair():
-    """Our model and parameters, PyTorch's model with the same ones, and a batch."""
-    torch = pytest.importorskip("torch", reason="extra `peers`: pip install torch==2.13.0")
-    from modicum.experiments.bench.ours import decoder_config
-    from modicum.experiments.bench.torch_decoder import Decoder, load_parameters
-    from modicum.models import Transformer
-
-    model = Transformer(decoder_config(JOB))
-    tokens = np.random.default_rng(0).integers(0, JOB.vocab, (JOB.batch, JOB.length)).astype(np.int32)
-    params = model.init(jax.random.key(0), tokens)
-    # Biases and scales too: a mistake in one that is zero would not show.
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
-    params = jax.tree.unflatten(tree, noisy)
-    theirs = Decoder(JOB)
-    load_parameters(theirs, params)
-    return torch, model, params, theirs, tokens
+def initial():
+    """Our parameters, with norms and biases off their initial ones and zeros so that their places matter."""
+    rng = np.random.default_rng(0)
+    params = numbers(Ours(JOB).state.trainable)
+    return jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
 
 
-@pytest.mark.peers
-def test_logits_are_pytorchs(pair):
-    torch, model, params, theirs, tokens = pair
-    ours = np.asarray(model.apply(params, tokens))
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(tokens).long()).numpy()
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+@pytest.fixture
+def sides(initial):
+    """Ours and PyTorch's, with the same parameters."""
+    from modicum.experiments.bench.torch_decoder import load_parameters
+    from modicum.experiments.bench.torch_training import TorchTraining
+
+    ours, theirs = Ours(JOB), TorchTraining(JOB, compiled=False)
+    ours.state = ours.state.replace(trainable=jax.tree.map(jnp.asarray, initial))
+    load_parameters(theirs.model, initial)
+    return ours, theirs
 
 
-@pytest.mark.peers
-def test_gradients_are_pytorchs(pair):
+def assert_near(ours, theirs, tolerance=1e-4):
+    """Equal within `tolerance` of the largest number."""
+    ours, theirs = np.asarray(ours), theirs.detach().numpy()
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
+
+
+def test_logits(sides):
+    ours, theirs = sides
+    tokens = JOB.batches()[0][0]
+    logits = ours.model.apply(ours.state.trainable, tokens)
+    assert_near(logits, theirs.model(torch.from_numpy(tokens).long()))
+
+
+def test_gradients_of_every_parameter(sides):
     from modicum.experiments.bench.torch_decoder import Decoder, load_parameters, next_token_loss
-    from modicum.research.training.objectives import full_tuning, language_modelling
 
-    torch, model, params, theirs, tokens = pair
-    batch = {
-        "tokens": tokens,
-        "targets": np.roll(tokens, -1, 1),
-        "weights": np.ones(tokens.shape, np.float32),
-    }
-    loss = language_modelling(full_tuning(model))
-
-    def mean(params):
-        sums = loss(params, {}, batch, None)
-        return sums.total / sums.weight
-
-    value, gradients = jax.value_and_grad(mean)(params)
-    theirs.zero_grad()
-    expected = next_token_loss(
-        theirs, torch.from_numpy(tokens).long(), torch.from_numpy(batch["targets"]).long()
-    )
-    expected.backward()
-    assert float(value) == pytest.approx(expected.item(), rel=1e-5)
-    # Our gradients in PyTorch's places: the same copying that loads parameters.
-    ours = Decoder(JOB)
-    load_parameters(ours, gradients)
-    for (name, gradient), parameter in zip(ours.named_parameters(), theirs.parameters()):
-        scale = parameter.grad.abs().max().item()
-        np.testing.assert_allclose(
-            gradient.detach().numpy(), parameter.grad.numpy(), rtol=0, atol=1e-4 * scale + 1e-8, err_msg=name
-        )
+    ours, theirs = sides
+    tokens, targets = JOB.batches()[0]
+    batch = {"tokens": tokens, "targets": targets, "weights": np.ones(tokens.shape, np.float32)}
+    gradients = jax.grad(lambda p: ours.loss(p, {}, batch, None).total / JOB.tokens)(ours.state.trainable)
+    next_token_loss(theirs.model, *(torch.from_numpy(x).long() for x in (tokens, targets))).backward()
+    carried = Decoder(JOB)
+    load_parameters(carried, numbers(gradients))
+    names = dict(theirs.model.named_parameters())
+    assert len(names) == 4 + 12 * JOB.layers
+    for name, expected in carried.named_parameters():
+        assert_near(expected.detach().numpy(), names[name].grad)
 
 
-@pytest.mark.peers
-@pytest.mark.slow
-def test_the_benchmark_runs_and_prints_every_contender(capsys):
-    pytest.importorskip("torch", reason="extra `peers`")
-    from modicum.experiments.commands.bench import Bench
-
-    small = {"layers": 1, "width": 32, "heads": 4, "length": 16, "batch": 2, "vocab": 64}
-    assert Bench("train", rounds=1, contenders=("ours", "eager"), **small).run() == 0
-    said = capsys.readouterr().out
-    assert "tokens/s" in said and "eager" in said
+def test_five_steps_of_adamw(sides):
+    ours, theirs = sides
+    losses = np.asarray([(ours.run(1), theirs.run(1)) for _ in range(5)])
+    np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-4)
+    assert losses[4, 0] < losses[0, 0]
 
 
-def test_an_out_that_is_a_file_is_refused(tmp_path):
-    from modicum.experiments.commands.bench import Bench
+def test_every_parameter_is_carried(initial):
+    """None is left at PyTorch's own initial value."""
+    from modicum.experiments.bench.torch_decoder import Decoder, load_parameters
 
-    (tmp_path / "out").write_text("")
-    with pytest.raises(InputError, match="is a file"):
-        Bench("train", out=tmp_path / "out").run()
+    model = Decoder(JOB)
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    load_parameters(model, initial)
+    assert sum(p.numel() for p in model.parameters()) == sum(leaf.size for leaf in jax.tree.leaves(initial))
+    assert not any(p.isnan().any() for p in model.parameters())
