@@ -51,7 +51,7 @@ types: $(VENV)/installed-check
 	@MYPYPATH=.typecheck $(BIN)/mypy -p modicum
 
 smoke: install
-	@$(BIN)/modicum quickstart --smoke --out .cache/smoke
+	@$(BIN)/modicum quickstart --smoke --out .cache/quickstart
 
 clean:
 	@rm -rf $(VENV) .cache .typecheck .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
