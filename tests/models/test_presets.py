@@ -21,7 +21,11 @@ def resolved(config: TransformerConfig) -> str:
     return "\n".join([*lines, f"parameters = {count:,}", ""])
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# As imported: tests of the command line add a tiny preset of their own while they run.
+SHIPPED = frozenset(PRESETS)
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_a_preset_is_what_it_was(name):
     """`UPDATE_GOLDEN=1 pytest tests/models/test_presets.py` writes the files anew."""
     file, text = GOLDEN / f"{name}.txt", resolved(preset(name))
@@ -31,7 +35,7 @@ def test_a_preset_is_what_it_was(name):
 
 
 def test_no_golden_file_is_left_of_a_preset_that_is_gone():
-    assert {file.stem for file in GOLDEN.glob("*.txt")} == set(PRESETS)
+    assert {file.stem for file in GOLDEN.glob("*.txt")} == SHIPPED
 
 
 @pytest.mark.parametrize("name", PRESETS)
