@@ -1,0 +1,43 @@
+"""Which file knows which published models; a family's file is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+from ... import InputError
+from .family import Family
+
+# `model_type` of config.json to the file here whose `FAMILIES`, a tuple of `Family`, has it.
+MODULES: Mapping[str, str] = {
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+    "bert": "bert",
+    "roberta": "roberta",
+    "t5": "t5",
+    "opt": "opt",
+    "cpmant": "cpm_ant",
+    "cpmbee": "cpm_bee",
+    "chatglm": "chatglm",
+}
+
+
+def family(model_type: str) -> Family:
+    """The family called `model_type`; raises `InputError` that lists those there are."""
+    if model_type not in MODULES:
+        raise InputError(f"model_type {model_type!r} is not supported; valid: {', '.join(MODULES)}")
+    module = importlib.import_module(f".{MODULES[model_type]}", __package__)
+    return next(found for found in module.FAMILIES if found.name == model_type)
+
+
+def family_of(architecture: str) -> Family:
+    """The family that has this architecture; raises `InputError` that lists all architectures."""
+    families = [family(name) for name in MODULES]
+    for found in families:
+        if architecture in found.architectures:
+            return found
+    names = ", ".join(name for found in families for name in found.architectures)
+    raise InputError(f"architecture {architecture!r} is not supported; valid: {names}")
