@@ -1,7 +1,8 @@
 """What is computed: Transformers as pure functions over parameter trees.
 
 * `model` the protocol; `transformer` the three assemblies; `config` and `presets` what to assemble
-* `block`, `attention`, `mlp`, `norms`, `positions`, `residuals`, `heads` the parts
+* `block`, `attention`, `mlp`, `norms`, `positions`, `rotary`, `residuals`, `heads` the parts
+* `cache` keys and values of the tokens so far
 * `kernels` the attention function behind one front
 * `hooks` reading and editing activations; `axes` logical axis names; `stacking` scanned layers
 * `losses`, `costs`, `precision`
@@ -9,8 +10,9 @@
 
 from .attention import GroupedQuery, multi_head, multi_query
 from .block import Block, Context
+from .cache import Cache
 from .config import Layer, TransformerConfig
-from .heads import ClassifierHead, LanguageModelHead
+from .heads import ClassifierHead, LanguageModelHead, MaskedLanguageModelHead, Pooler
 from .hooks import Hook, run_with_cache, run_with_edits
 from .mlp import MLP, GatedMLP
 from .model import LinenModel, Model, Params, as_linen, as_model
@@ -18,7 +20,8 @@ from .norms import LayerNorm, RMSNorm
 from .positions import ALiBi, Learned, Positions, RelativeBuckets, Rotary, Sinusoidal
 from .precision import BF16, FP16, FP32, FP64, Precision
 from .presets import PRESETS, preset
-from .residuals import PostNorm, PreNorm
+from .residuals import NormedResidual, PostNorm, PreNorm
+from .rotary import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
 from .stacking import stack_layers, unstack_layers
 from .transformer import Transformer
 
@@ -31,8 +34,10 @@ __all__ = [
     "PRESETS",
     "ALiBi",
     "Block",
+    "Cache",
     "ClassifierHead",
     "Context",
+    "DynamicScaling",
     "GatedMLP",
     "GroupedQuery",
     "Hook",
@@ -40,9 +45,14 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "Learned",
+    "LinearScaling",
     "LinenModel",
+    "Llama3Scaling",
+    "MaskedLanguageModelHead",
     "Model",
+    "NormedResidual",
     "Params",
+    "Pooler",
     "Positions",
     "PostNorm",
     "PreNorm",
@@ -53,6 +63,7 @@ __all__ = [
     "Sinusoidal",
     "Transformer",
     "TransformerConfig",
+    "YarnScaling",
     "as_linen",
     "as_model",
     "multi_head",

@@ -7,12 +7,13 @@ heads (Ainslie et al., "GQA", 2023): G = H, 1 < G < H, G = 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 
 from .. import InputError
+from .cache import COLLECTION, KeyValues, Slots
 from .hooks import Hook
 from .kernels import Bias, Mask, Window, attention
 
@@ -27,7 +28,9 @@ class GroupedQuery:
     `kv_heads` 0 means H (multi-head), 1 is multi-query. `head_width` 0 means D / H. `window` limits
     each query to that many latest keys, itself included, and in an encoder to as many on its other side
     (0: no limit; cross-attention has none). `scale` 0 means 1 / sqrt(K).
-    `soft_cap` c turns scores s into c tanh(s / c) (0: off). `implementation` names a kernel.
+    `soft_cap` c turns scores s into c tanh(s / c) (0: off). `bias` is that of the projections, `output_bias`
+    of the last one where it differs. `query_key_norm` normalises each head's query and key before they are
+    rotated (Qwen3). `implementation` names a kernel.
     """
 
     heads: int = 12
@@ -35,8 +38,10 @@ class GroupedQuery:
     head_width: int = 0
     window: int = 0
     bias: bool = True
+    output_bias: bool | None = None
     scale: float = 0.0
     soft_cap: float = 0.0
+    query_key_norm: bool = False
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
@@ -59,9 +64,9 @@ class GroupedQuery:
             raise InputError(f"width {model_width} is not a multiple of {self.heads} heads; set head_width")
         return self.head_width or model_width // self.heads
 
-    def build(self, config: TransformerConfig, name: str = "attention") -> nn.Module:
-        """The module, with children `query`, `key`, `value` and `output`."""
-        return AttentionModule(config, self, name=name)
+    def build(self, config: TransformerConfig, cross: bool = False) -> nn.Module:
+        """`attention` or `cross_attention`, with children `query`, `key`, `value` and `output`."""
+        return AttentionModule(config, self, cross, name="cross_attention" if cross else "attention")
 
 
 def multi_head(heads: int, **options: bool | int | float | str) -> GroupedQuery:
@@ -75,14 +80,16 @@ def multi_query(heads: int, **options: bool | int | float | str) -> GroupedQuery
 
 
 class AttentionModule(nn.Module):
-    """Self-attention of `x [B, T, D]`, or attention from `x` to `memory [B, S, D]`.
+    """Self-attention of `x [B, T, D]`, or, where `cross`, attention to `memory [B, S, D]`.
 
     The hook `heads` sees each head's weighted values `[B, T, H, K]` before the output projection. The
-    method `attend` is the core, there to be intercepted.
+    method `attend` is the core, there to be intercepted. With `slots` the layer keeps its keys and values in
+    the collection `cache`; then cross-attention without a memory reads those it kept.
     """
 
     config: TransformerConfig
     choice: GroupedQuery
+    cross: bool = False
 
     @nn.compact
     def __call__(
@@ -91,32 +98,62 @@ class AttentionModule(nn.Module):
         *,
         mask: Mask,
         bias: Bias | None = None,
-        positions: jax.Array | None = None,
+        positions: Any = None,
         memory: jax.Array | None = None,
+        slots: Slots | None = None,
     ) -> jax.Array:
         config, choice = self.config, self.choice
-        source, width = (x if memory is None else memory), choice.width_of_head(config.width)
-        query = self._project(x, "query", choice.heads, width)
-        key = self._project(source, "key", choice.groups, width)
-        value = self._project(source, "value", choice.groups, width)
-        if memory is None and positions is not None:
-            query = config.positions.rotate(query, positions)
-            key = config.positions.rotate(key, positions)
+        query = self._project(x, "query", choice.heads, positions)
+        if self.cross:
+            key, value = self._memory(memory, slots)
+        else:
+            key = self._project(x, "key", choice.groups, positions)
+            value = self._project(x, "value", choice.groups)
+            key, value = self._remember(key, value, slots)
+            mask = self._windowed(mask, slots, x.shape[1] == key.shape[1])
         context = Hook(name="heads")(self.attend(query, key, value, mask, bias))
-        flat = context.reshape(*context.shape[:2], choice.heads * width)
-        return config.linear(config.width, choice.bias, name="output", residual=True)(flat)
+        flat = context.reshape(*context.shape[:2], -1)
+        biased = choice.bias if choice.output_bias is None else choice.output_bias
+        return config.linear(config.width, biased, name="output", residual=True)(flat)
 
-    def _project(self, x: jax.Array, name: str, heads: int, width: int) -> jax.Array:
+    def _project(self, x: jax.Array, name: str, heads: int, positions: Any = None) -> jax.Array:
+        width = self.choice.width_of_head(self.config.width)
         y = self.config.linear(heads * width, self.choice.bias, name=name)(x)
-        return y.reshape(*x.shape[:2], heads, width)
+        y = y.reshape(*x.shape[:2], heads, width)
+        if self.choice.query_key_norm and name != "value":
+            y = self.config.norm.build(self.config.precision, f"{name}_norm")(y)
+        return y if positions is None else self.config.positions.rotate(y, positions)
+
+    def _memory(self, memory: jax.Array | None, slots: Slots | None) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the memory, or those kept from the call that had it."""
+        if memory is None:
+            return self.get_variable(COLLECTION, "entries").read()
+        key, value = (self._project(memory, name, self.choice.groups) for name in ("key", "value"))
+        if slots is not None:
+            self.put_variable(COLLECTION, "entries", KeyValues.of(key, value))
+        return key, value
+
+    def _remember(self, key: jax.Array, value: jax.Array, slots: Slots | None) -> tuple[jax.Array, jax.Array]:
+        """Keep the keys and values; return all that the queries look at."""
+        if slots is None:
+            return key, value
+        stored = self.get_variable(COLLECTION, "entries")
+        entries, key, value = slots.append(stored, key, value)
+        self.put_variable(COLLECTION, "entries", entries)
+        return key, value
+
+    def _windowed(self, mask: Mask, slots: Slots | None, own: bool) -> Mask:
+        side = self.choice.window - 1
+        if side < 0:
+            return mask
+        offset = 0 if slots is None or own else slots.start
+        return mask & Window(left=side, right=side, offset=offset)
 
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, bias: Bias | None
     ) -> jax.Array:
         """Weighted values `[B, T, H, K]` of `query [B, T, H, K]`, `key` and `value` `[B, S, G, K]`."""
         choice = self.choice
-        if choice.window:
-            mask = mask & Window(left=choice.window - 1, right=choice.window - 1)
         return attention(
             query,
             key,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
 import jax
 from flax import struct
 
+from .cache import Slots
 from .config import TransformerConfig
 from .hooks import Hook
 from .kernels import Bias, Mask
@@ -19,14 +19,16 @@ class Context:
     """What every layer of a stack sees beside the residual stream.
 
     `mask` and `memory_mask` say who attends whom, `bias` is added to self-attention's scores,
-    `positions` are `[B, T]`, `memory` `[B, S, D]` is what cross-attention reads.
+    `positions` are `[B, T]`, `memory` `[B, S, D]` is what cross-attention reads, `slots` where these tokens
+    stand in the cache.
     """
 
     mask: Mask
-    positions: jax.Array
+    positions: Any
     bias: Bias | None = None
     memory: jax.Array | None = None
     memory_mask: Mask | None = None
+    slots: Slots | None = None
     train: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -45,30 +47,29 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
         config = self.config
         attention, mlp = config.layer(self.index)
-        attend = attention.build(config)
-
-        def self_attention(y: jax.Array) -> jax.Array:
-            y = attend(y, mask=context.mask, bias=context.bias, positions=context.positions)
-            return self._drop(y, context)
-
-        x = config.residual(x, self._norm("attention_norm"), self_attention)
+        if not config.lacks(self.index, "attention"):
+            x = self._self_attention(attention.build(config), x, context)
         if self.cross:
-            x = self._cross_attention(x, context)
+            x = self._cross_attention(attention.build(config, cross=True), x, context)
         x = Hook(name="middle")(x)
-        feed_forward = mlp.build(config)
-        x = config.residual(x, self._norm("mlp_norm"), lambda y: self._drop(feed_forward(y), context))
+        if not config.lacks(self.index, "mlp"):
+            feed_forward = mlp.build(config)
+            norm = self._norm("mlp_norm")
+            x = config.residual(x, norm, lambda y: self._drop(feed_forward(y), context))
         return Hook(name="residual")(x), None
 
-    def _cross_attention(self, x: jax.Array, context: Context) -> jax.Array:
-        assert context.memory is not None and context.memory_mask is not None
-        memory, mask = context.memory, context.memory_mask
-        # A window counts positions of one sequence; here queries and keys are of two.
-        choice = replace(self.config.layer(self.index)[0], window=0)
-        attend = choice.build(self.config, name="cross_attention")
+    def _self_attention(self, attend: nn.Module, x: jax.Array, context: Context) -> jax.Array:
+        given = {"mask": context.mask, "bias": context.bias, "positions": context.positions}
         return self.config.residual(
             x,
-            self._norm("cross_attention_norm"),
-            lambda y: self._drop(attend(y, mask=mask, memory=memory), context),
+            self._norm("attention_norm"),
+            lambda y: self._drop(attend(y, **given, slots=context.slots), context),
+        )
+
+    def _cross_attention(self, attend: nn.Module, x: jax.Array, context: Context) -> jax.Array:
+        given = {"mask": context.memory_mask, "memory": context.memory, "slots": context.slots}
+        return self.config.residual(
+            x, self._norm("cross_attention_norm"), lambda y: self._drop(attend(y, **given), context)
         )
 
     def _norm(self, name: str) -> nn.Module:
@@ -101,7 +102,7 @@ def apply_layers(config: TransformerConfig, x: jax.Array, context: Context, cros
     if config.scan:
         return _scanned(config, cross)(x, context)[0]
     block = _remat(Block, config)
-    for index in range(config.layers):
+    for index in range(config.depth_of_decoder if cross else config.layers):
         x, _ = block(config, index % config.period, cross, name=f"layers_{index}")(x, context)
     return x
 
@@ -110,10 +111,10 @@ def _scanned(config: TransformerConfig, cross: bool) -> Any:
     body = Block if config.period == 1 else Period
     scan = nn.scan(
         _remat(body, config),
-        variable_axes={True: 0},  # parameters, and whatever hooks sow
+        variable_axes={True: 0},  # parameters, the cache, and whatever hooks sow
         split_rngs={True: True},
         in_axes=nn.broadcast,
-        length=config.layers // config.period,
+        length=(config.depth_of_decoder if cross else config.layers) // config.period,
     )
     return scan(config, cross=cross, name="layers")
 

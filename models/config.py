@@ -15,37 +15,56 @@ from .mlp import MLP, GatedMLP
 from .norms import LayerNorm, Norm
 from .positions import Learned, Positions
 from .precision import Precision
-from .products import dense_product
+from .products import dense_product, scaled_product
 from .residuals import PreNorm, Residual
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 KINDS = ("decoder", "encoder", "encoder-decoder")
 REMAT = ("none", "full", "dots")
+SUBLAYERS = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer of a pattern has in place of the configuration's attention or mlp."""
+    """What one layer of a pattern has in place of the configuration's attention or mlp.
+
+    `without` names the sublayers, "attention" or "mlp", that it lacks with their norms (compressed CPM).
+    """
 
     attention: GroupedQuery | None = None
     mlp: MLP | GatedMLP | None = None
+    without: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.without:
+            if name not in SUBLAYERS:
+                raise InputError(f"a layer cannot be without {name!r}; valid: {', '.join(SUBLAYERS)}")
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """A decoder, an encoder or an encoder-decoder, from its parts.
 
-    `layers` counts each stack's layers. `pattern` gives layers that differ, repeated to the full depth
+    `layers` counts each stack's layers, `decoder_layers` the decoder's of an encoder-decoder where it has
+    another number. `pattern` gives layers that differ, repeated to the full depth
     (two entries: even and odd layers). `scan` runs the layers as one scanned body with stacked
     parameters: compile time does not grow with depth. `remat` recomputes in the backward pass: "full"
-    each layer, "dots" all but matrix products. `vocab_multiple` pads the embedding table to a multiple,
-    masked in the logits. `embedding_scale` 0 means sqrt(D), as in the original Transformer.
+    each layer, "dots" all but matrix products.
+
+    The embedding table has a row for each word, then `input_rows` that are inputs only (CPM-Ant's prompts),
+    padded to a `vocab_multiple`; only words have logits. Its rows are `embedding_width` wide (0: D; else a
+    projection leads to D, as in OPT-350m). `embedding_scale` 0 means sqrt(D), as in the original Transformer.
+    `token_types` counts the kinds of tokens that have a vector of their own (BERT's sentences A and B).
+    `scaled_linears` divides every product by the square root of its input's width (CPM).
     """
 
     kind: Kind = "decoder"
     layers: int = 12
+    decoder_layers: int = 0
     width: int = 768
     vocab: int = 50_257
+    input_rows: int = 0
+    token_types: int = 0
     attention: GroupedQuery = GroupedQuery()
     mlp: MLP | GatedMLP = MLP()
     norm: Norm = LayerNorm()
@@ -53,10 +72,12 @@ class TransformerConfig:
     residual: Residual = PreNorm()
     pattern: tuple[Layer, ...] = ()
     tied: bool = True
+    embedding_width: int = 0
     embedding_norm: bool = False
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     vocab_multiple: int = 1
+    scaled_linears: bool = False
     dropout: float = 0.0
     initial_std: float = 0.02
     scan: bool = False
@@ -67,12 +88,16 @@ class TransformerConfig:
         for field in ("layers", "width", "vocab", "vocab_multiple"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field}={getattr(self, field)} must be at least 1")
+        for field in ("decoder_layers", "input_rows", "token_types", "embedding_width"):
+            if getattr(self, field) < 0:
+                raise InputError(f"{field}={getattr(self, field)} must be at least 0")
         if self.kind not in KINDS:
             raise InputError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}")
         if self.remat not in REMAT:
             raise InputError(f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
-        if self.layers % self.period:
-            raise InputError(f"{self.layers} layers are not a multiple of the pattern's {self.period}")
+        for depth in (self.layers, self.depth_of_decoder):
+            if depth % self.period:
+                raise InputError(f"{depth} layers are not a multiple of the pattern's {self.period}")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout={self.dropout} must be at least 0 and below 1")
         for index in range(self.period):
@@ -84,9 +109,18 @@ class TransformerConfig:
         return max(1, len(self.pattern))
 
     @property
+    def depth_of_decoder(self) -> int:
+        """Layers of the decoder."""
+        return self.decoder_layers or self.layers
+
+    @property
     def padded_vocab(self) -> int:
         """Rows of the embedding table."""
-        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+        return -(-(self.vocab + self.input_rows) // self.vocab_multiple) * self.vocab_multiple
+
+    def lacks(self, index: int, sublayer: str) -> bool:
+        """Whether layer `index` has no such sublayer."""
+        return bool(self.pattern) and sublayer in self.pattern[index % self.period].without
 
     def layer(self, index: int) -> tuple[GroupedQuery, MLP | GatedMLP]:
         """Attention and mlp of layer `index`."""
@@ -106,6 +140,6 @@ class TransformerConfig:
             dtype=jnp.dtype(self.precision.compute),
             param_dtype=jnp.dtype(self.precision.param),
             kernel_init=nn.initializers.normal(std),
-            dot_general=dense_product,
+            dot_general=scaled_product if self.scaled_linears else dense_product,
             name=name,
         )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from .. import InputError
 from .config import TransformerConfig
 from .losses import MASKED_LOGIT
+from .mlp import activate, activation_function
 from .precision import promote_statistics
 from .products import dense_product
 
@@ -28,51 +29,131 @@ class LanguageModelHead:
 
 
 @dataclass(frozen=True)
+class MaskedLanguageModelHead:
+    """Logits `[B, T, V]` after one more layer, with a bias for each word (Devlin et al., BERT, 2019)."""
+
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        activation_function(self.activation)
+
+    def build(self, config: TransformerConfig) -> nn.Module:
+        """The module `head`, with children `transform` and `norm`, a `bias` `[V]` and, untied, `kernel`."""
+        return MaskedLanguageModelHeadModule(config, self, name="head")
+
+
+@dataclass(frozen=True)
+class Pooler:
+    """One vector `[B, D]` per row: a dense layer with an activation on its first real token (BERT)."""
+
+    activation: str = "tanh"
+
+    def __post_init__(self) -> None:
+        activation_function(self.activation)
+
+    def build(self, config: TransformerConfig) -> nn.Module:
+        """The module; it has `pooler/kernel` `[D, D]` and a bias."""
+        return PoolerModule(config, self.activation, "first", name="pooler")
+
+
+@dataclass(frozen=True)
 class ClassifierHead:
-    """Logits `[B, labels]` from one vector per sequence: its last or first real token, or their mean."""
+    """Logits `[B, labels]` from one vector per sequence: its last or first real token, or their mean.
+
+    `pooler` names an activation: the vector first passes a dense layer and this (BERT's and RoBERTa's tanh).
+    """
 
     labels: int
     pooling: Literal["last", "first", "mean"] = "last"
+    pooler: str = ""
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise InputError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}")
-        if self.labels < 2:
-            raise InputError(f"a classifier needs at least 2 labels, not {self.labels}")
+        if self.labels < 1:
+            raise InputError(f"a classifier needs at least 1 label, not {self.labels}")
+        if self.pooler:
+            activation_function(self.pooler)
 
     def build(self, config: TransformerConfig) -> nn.Module:
-        """The module; it has `classifier/kernel` `[D, labels]` and a bias."""
+        """The module; it has `classifier/kernel` `[D, labels]`, a bias and, if chosen, a child `pooler`."""
         return ClassifierModule(config, self, name="classifier")
 
 
-Head = LanguageModelHead | ClassifierHead
+Head = LanguageModelHead | MaskedLanguageModelHead | Pooler | ClassifierHead
 
 
 class LanguageModelHeadModule(nn.Module):
-    """Scores every word; padded rows of the vocabulary get a logit that no softmax notices."""
+    """Scores every word; rows of the table that are no words get a logit that no softmax notices."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, hidden: jax.Array, segments: jax.Array | None, table: jax.Array) -> jax.Array:
         config = self.config
-        if config.tied:
-            logits = self._product(hidden, table, 1)
-        else:
-            dtype, shape = jnp.dtype(config.precision.param), (config.width, config.padded_vocab)
-            kernel = self.param("kernel", nn.initializers.normal(config.initial_std), shape, dtype)
-            logits = self._product(hidden, kernel, 0)
+        if config.embedding_width:
+            hidden = config.linear(config.embedding_width, False, name="projection")(hidden)
+        logits = word_scores(self, config, hidden, table)
         logits = logits * config.logit_scale if config.logit_scale != 1.0 else logits
-        if config.padded_vocab == config.vocab:
-            return logits
-        return jnp.where(jnp.arange(config.padded_vocab) < config.vocab, logits, MASKED_LOGIT)
+        return words_only(config, logits)
 
-    def _product(self, hidden: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
-        """Sums over `axis` of the weights, in the output's precision; factors in the arithmetic's."""
-        dimensions = ((hidden.ndim - 1,), (axis,)), ((), ())
-        output = jnp.dtype(self.config.precision.output)
-        weights = weights.astype(hidden.dtype)
-        return dense_product(hidden, weights, dimensions, preferred_element_type=output)
+
+class MaskedLanguageModelHeadModule(nn.Module):
+    """BERT's head: dense layer, activation, norm, then the scores with a bias."""
+
+    config: TransformerConfig
+    choice: MaskedLanguageModelHead
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, segments: jax.Array | None, table: jax.Array) -> jax.Array:
+        config = self.config
+        hidden = activate(self.choice.activation, config.linear(config.width, True, name="transform")(hidden))
+        hidden = config.norm.build(config.precision, "norm")(hidden)
+        dtype = jnp.dtype(config.precision.param)
+        bias = self.param("bias", nn.initializers.zeros, (config.padded_vocab,), dtype)
+        logits = word_scores(self, config, hidden, table)
+        return words_only(config, logits + bias.astype(logits.dtype))
+
+
+def word_scores(head: nn.Module, config: TransformerConfig, hidden: jax.Array, table: jax.Array) -> jax.Array:
+    """Products `[B, T, V]` with the embedding table, or untied with the head's parameter `kernel` `[D, V]`.
+
+    In the output's precision; the factors are in the arithmetic's.
+    """
+    weights, axis = table, 1
+    if not config.tied:
+        dtype, shape = jnp.dtype(config.precision.param), (hidden.shape[-1], config.padded_vocab)
+        weights, axis = head.param("kernel", nn.initializers.normal(config.initial_std), shape, dtype), 0
+    dimensions = ((hidden.ndim - 1,), (axis,)), ((), ())
+    output = jnp.dtype(config.precision.output)
+    return dense_product(hidden, weights.astype(hidden.dtype), dimensions, preferred_element_type=output)
+
+
+def words_only(config: TransformerConfig, logits: jax.Array) -> jax.Array:
+    """Logits with those of the table's rows beyond the vocabulary masked."""
+    if config.padded_vocab == config.vocab:
+        return logits
+    return jnp.where(jnp.arange(config.padded_vocab) < config.vocab, logits, MASKED_LOGIT)
+
+
+class PoolerModule(nn.Module):
+    """One vector per row, through a dense layer and an activation."""
+
+    config: TransformerConfig
+    activation: str
+    pooling: str
+
+    @nn.compact
+    def __call__(
+        self, hidden: jax.Array, segments: jax.Array | None, table: jax.Array | None = None
+    ) -> jax.Array:
+        config = self.config
+        pooled = pool(hidden, segments, self.pooling)
+        shape, dtype = (config.width, config.width), jnp.dtype(config.precision.param)
+        kernel = self.param("kernel", nn.initializers.normal(config.initial_std), shape, dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:], dtype)
+        pooled = pooled @ kernel.astype(pooled.dtype) + bias.astype(pooled.dtype)
+        return activation_function(self.activation)(pooled)
 
 
 class ClassifierModule(nn.Module):
@@ -83,7 +164,11 @@ class ClassifierModule(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, segments: jax.Array | None, table: jax.Array) -> jax.Array:
-        pooled = pool(hidden, segments, self.choice.pooling)
+        if self.choice.pooler:
+            first = PoolerModule(self.config, self.choice.pooler, self.choice.pooling, name="pooler")
+            pooled = first(hidden, segments)
+        else:
+            pooled = pool(hidden, segments, self.choice.pooling)
         dtype, shape = jnp.dtype(self.config.precision.param), (hidden.shape[-1], self.choice.labels)
         kernel = self.param("kernel", nn.initializers.normal(self.config.initial_std), shape, dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[1:], dtype)

@@ -56,16 +56,20 @@ class LinenModel:
         rng: jax.Array | None = None,
         train: bool = False,
         mutable: Any = False,
+        kept: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Outputs, and the collections named by `mutable` where that is asked for.
 
-        `train` reaches the module if its `__call__` takes an argument of that name.
+        `train` reaches the module if its `__call__` takes an argument of that name. `kept` are collections
+        beside the parameters, such as a cache.
         """
         if "train" in inspect.signature(type(self.module).__call__).parameters:
             kwargs["train"] = train
         rngs = None if rng is None else {"dropout": rng}
-        return self.module.apply({"params": params}, *args, rngs=rngs, mutable=mutable, **kwargs)
+        return self.module.apply(
+            {**(kept or {}), "params": params}, *args, rngs=rngs, mutable=mutable, **kwargs
+        )
 
 
 def as_model(model: Model | nn.Module) -> Model:

@@ -1,12 +1,14 @@
 """Where a token stands: position information as a choice of the configuration.
 
 A choice may add something to the embeddings, rotate queries and keys, or bias the attention scores; by
-default it does none of these. Positions are integers `[B, T]`, restarting at each packed document.
+default it does none of these. Positions are integers `[B, T]`, restarting at each packed document; a choice
+that needs to know more of a token takes any pytree of arrays `[B, T, ...]` in their place.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +19,7 @@ from .. import InputError
 from .kernels import ALiBi as ALiBiBias
 from .kernels import Bias, Bucketed, alibi_slopes
 from .precision import Precision
+from .rotary import RotaryScaling, rotate_pairs
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,32 @@ class Positions:
         """A module `positions [B, T] -> [B, T, D]` whose value is added to the embeddings, if any."""
         return None
 
-    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def rotate(self, x: jax.Array, positions: Any) -> jax.Array:
         """Queries or keys `[B, T, H, K]` at `positions [B, T]`."""
         return x
 
     def bias(self, heads: int, bidirectional: bool, precision: Precision, std: float) -> nn.Module | None:
-        """A module `() -> Bias` whose value is added to the attention scores of every layer, if any."""
+        """A module whose value, a `Bias`, is added to the attention scores of every layer, if any.
+
+        It is called with the positions of the queries and of the keys, and the index of the first query
+        among the keys: 0, or how many tokens a cache holds.
+        """
         return None
+
+    def advance(self, positions: Any) -> Any:
+        """The positions `[B, 1]` of the tokens that follow those at `positions [B, T]`."""
+        return jax.tree.map(lambda each: each[:, -1:] + 1, positions)
 
 
 @dataclass(frozen=True)
 class Learned(Positions):
-    """A learned vector for each of `max_length` positions."""
+    """A learned vector for each of `max_length` positions; row `position + offset` of the table is taken.
+
+    OPT's tables begin with 2 rows, RoBERTa's with as many as its padding index plus 1, for no position.
+    """
 
     max_length: int = 1024
+    offset: int = 0
 
     @property
     def limit(self) -> int:
@@ -61,7 +76,7 @@ class Learned(Positions):
         return self.max_length
 
     def embedding(self, width: int, precision: Precision, std: float) -> nn.Module:
-        """Looks positions up in `position_embedding/table` `[max_length, D]`."""
+        """Looks positions up in `position_embedding/table` `[max_length + offset, D]`."""
         return LearnedModule(self, width, precision, std, name="position_embedding")
 
 
@@ -82,22 +97,27 @@ class Rotary(Positions):
 
     The score of a query at m and a key at n then depends on n - m only (Su et al., "RoFormer", 2021).
     `width` is how many leading entries of a head are rotated (0: all). Pairs are the two halves
-    (GPT-NeoX, LLaMA), or neighbouring entries where `interleaved` (GPT-J, the paper).
+    (GPT-NeoX, LLaMA), or neighbouring entries where `interleaved` (GPT-J, the paper). `scaling` stretches
+    the rotation past the trained length.
     """
 
     base: float = 10_000.0
     width: int = 0
     interleaved: bool = False
+    scaling: RotaryScaling = RotaryScaling()
 
-    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def rotate(self, x: jax.Array, positions: Any) -> jax.Array:
         """`x` with the first `width` entries of each head rotated; angles and products in float32."""
         width = self.width or x.shape[-1]
         if width % 2 or width > x.shape[-1]:
             raise InputError(f"rotary width {width} must be even and at most the head width {x.shape[-1]}")
-        exponents = np.arange(0, width, 2) / width
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        angles = positions[..., None, None].astype(dtype) * jnp.asarray(self.base**-exponents, dtype)
-        rotated = _rotate_pairs(x[..., :width].astype(dtype), angles, self.interleaved).astype(x.dtype)
+        frequencies = jnp.asarray(self.scaling.frequencies(self.base, width, positions), dtype)
+        angles = positions[..., None, None].astype(dtype) * frequencies
+        rotated = rotate_pairs(x[..., :width].astype(dtype), angles, self.interleaved)
+        if self.scaling.amplitude != 1.0:
+            rotated = rotated * self.scaling.amplitude
+        rotated = rotated.astype(x.dtype)
         return rotated if width == x.shape[-1] else jnp.concatenate([rotated, x[..., width:]], -1)
 
 
@@ -133,9 +153,9 @@ class LearnedModule(nn.Module):
     @nn.compact
     def __call__(self, positions: jax.Array) -> jax.Array:
         self.choice.require(positions.shape[-1])
-        shape, dtype = (self.choice.max_length, self.width), jnp.dtype(self.precision.param)
-        table = self.param("table", nn.initializers.normal(self.std), shape, dtype)
-        return jnp.take(table.astype(self.precision.compute), positions, axis=0)
+        rows, dtype = self.choice.max_length + self.choice.offset, jnp.dtype(self.precision.param)
+        table = self.param("table", nn.initializers.normal(self.std), (rows, self.width), dtype)
+        return jnp.take(table.astype(self.precision.compute), positions + self.choice.offset, axis=0)
 
 
 class SinusoidalModule(nn.Module):
@@ -163,10 +183,10 @@ class RelativeBias(nn.Module):
     std: float
 
     @nn.compact
-    def __call__(self) -> Bias:
+    def __call__(self, queries: Any, keys: Any, offset: int | jax.Array) -> Bias:
         shape, dtype = (self.choice.buckets, self.heads), jnp.dtype(self.precision.param)
         table = self.param("table", nn.initializers.normal(self.std), shape, dtype)
-        return Bucketed(table, bidirectional=self.bidirectional, max_distance=self.choice.max_distance)
+        return Bucketed(table, self.bidirectional, self.choice.max_distance, offset)
 
 
 class ALiBiModule(nn.Module):
@@ -174,13 +194,5 @@ class ALiBiModule(nn.Module):
 
     heads: int
 
-    def __call__(self) -> Bias:
-        return ALiBiBias(alibi_slopes(self.heads))
-
-
-def _rotate_pairs(x: jax.Array, angles: jax.Array, interleaved: bool) -> jax.Array:
-    """Rotate each pair of `x [B, T, H, W]` by `angles [B, T, 1, W/2]`."""
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, -1)
-    rotated = first * cosine - second * sine, second * cosine + first * sine
-    return jnp.stack(rotated, -1).reshape(x.shape) if interleaved else jnp.concatenate(rotated, -1)
+    def __call__(self, queries: Any, keys: Any, offset: int | jax.Array) -> Bias:
+        return ALiBiBias(alibi_slopes(self.heads), offset)

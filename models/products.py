@@ -32,3 +32,18 @@ def dense_product(
         x, weights, dimension_numbers, precision=precision, preferred_element_type=preferred_element_type
     )
     return y.reshape(*leading, y.shape[-1]) if join else y
+
+
+def scaled_product(
+    x: jax.Array,
+    weights: jax.Array,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """`dense_product` divided by the square root of the width of `x`: weights of variance 1 keep its scale.
+
+    The factor lies on the product, as in CPM-Bee (`cpm_live/layers/linear.py` of OpenBMB/CPM-Live).
+    """
+    y = dense_product(x, weights, dimension_numbers, precision, preferred_element_type)
+    return y * (1.0 / math.sqrt(x.shape[-1]))

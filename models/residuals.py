@@ -12,13 +12,18 @@ Function = Callable[[jax.Array], jax.Array]
 
 @dataclass(frozen=True)
 class PreNorm:
-    """`x + f(norm(x))`, and one more norm at the end of the stack (GPT-2, LLaMA)."""
+    """`(x + f(norm(x))) / divisor`, and one more norm at the end of the stack (GPT-2, LLaMA).
+
+    The divisor is 1 but in CPM-Bee, where it is 1.05.
+    """
 
     final_norm: bool = True
+    divisor: float = 1.0
 
     def __call__(self, x: jax.Array, norm: Function, sublayer: Function) -> jax.Array:
         """The residual stream after the sublayer."""
-        return x + sublayer(norm(x))
+        x = x + sublayer(norm(x))
+        return x if self.divisor == 1.0 else x / self.divisor
 
 
 @dataclass(frozen=True)
@@ -32,4 +37,17 @@ class PostNorm:
         return norm(x + sublayer(x))
 
 
-Residual = PreNorm | PostNorm
+@dataclass(frozen=True)
+class NormedResidual:
+    """`alpha y + f(y)` with `y = norm(x)`: the stream goes on from the norm's output (ChatGLM-6B)."""
+
+    alpha: float = 1.0
+    final_norm: bool = True
+
+    def __call__(self, x: jax.Array, norm: Function, sublayer: Function) -> jax.Array:
+        """The residual stream after the sublayer."""
+        y = norm(x)
+        return self.alpha * y + sublayer(y)
+
+
+Residual = PreNorm | PostNorm | NormedResidual

@@ -116,7 +116,7 @@ def test_an_encoder_decoder_classifies_the_decoders_states(random_parameters, x6
 
 @pytest.mark.parametrize(
     "choice, message",
-    [({"labels": 1}, "at least 2 labels, not 1"), ({"labels": 2, "pooling": "max"}, "pooling='max'")],
+    [({"labels": 0}, "at least 1 label, not 0"), ({"labels": 2, "pooling": "max"}, "pooling='max'")],
 )
 def test_impossible_classifiers_are_errors(choice, message):
     with pytest.raises(InputError, match=message):

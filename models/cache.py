@@ -1,0 +1,133 @@
+"""The key-value cache: what attention keeps of the tokens so far, as a value that `apply` takes and returns.
+
+logits, cache = model.apply(params, prompt, segments=segments, cache=Cache.empty(batch, capacity))
+logits, cache = model.apply(params, token, cache=cache)          # token [B, 1]
+
+A cache has room for `capacity` tokens a row. Each call appends its T tokens to every row; padding has
+segment 0 and is never seen. Where a bias or window counts distances by index, pad on the left: then the
+distance in the cache is that in the text. `Slots.append` is the one place that knows how keys and values
+are laid out: a paged cache is another class with this method and `segments`, `length` beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from .. import InputError
+
+COLLECTION = "cache"
+
+
+@struct.dataclass
+class KeyValues:
+    """Keys and values of one attention layer, both `[B, G, S, K]`: their products read that in order."""
+
+    keys: jax.Array
+    values: jax.Array
+
+    @classmethod
+    def of(cls, key: jax.Array, value: jax.Array) -> KeyValues:
+        """Those of `key` and `value` `[B, S, G, K]`."""
+        return cls(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """Both as attention takes them, `[B, S, G, K]`."""
+        return jnp.swapaxes(self.keys, 1, 2), jnp.swapaxes(self.values, 1, 2)
+
+
+@struct.dataclass
+class Slots:
+    """Where the tokens of one call stand: from `start` on, in a cache with `capacity` slots a row."""
+
+    start: int | jax.Array
+    capacity: int = struct.field(pytree_node=False)
+
+    def append(
+        self, stored: KeyValues | None, key: jax.Array, value: jax.Array
+    ) -> tuple[KeyValues, jax.Array, jax.Array]:
+        """The layer's new entries, and the keys and values `[B, S, G, K]` that the call's queries look at.
+
+        The first call looks at its own T tokens only, later ones at all slots.
+        """
+        new = KeyValues.of(key, value)
+        if stored is None:
+            return jax.tree.map(lambda x: _grown(x, 2, self.capacity), new), key, value
+        start = jnp.asarray(self.start, jnp.int32)
+        entries = jax.tree.map(
+            lambda old, x: lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, 2), stored, new
+        )
+        return entries, *(x.astype(key.dtype) for x in entries.read())
+
+
+@struct.dataclass
+class Cache:
+    """Everything that a model remembers of `length` tokens a row.
+
+    `entries` has a `KeyValues` for each attention layer under the layer's path. `segments` `[B, S]` are 0 at
+    padding and empty slots, `positions` what the model's positions are of each slot. An encoder-decoder
+    also keeps the keys and values of the encoder's output and its segments.
+    """
+
+    entries: Mapping[str, Any]
+    segments: jax.Array
+    positions: Any
+    length: int | jax.Array
+    memory_segments: jax.Array | None = None
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int) -> Cache:
+        """A cache without tokens, with room for `capacity` in each of `batch` rows."""
+        if capacity < 1:
+            raise InputError(f"a cache has capacity={capacity}; at least 1 is valid")
+        return cls({}, jnp.zeros((batch, capacity), jnp.int32), None, 0)
+
+    @property
+    def capacity(self) -> int:
+        """S, the slots of a row."""
+        return self.segments.shape[1]
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no call has used it yet; known while tracing."""
+        return not self.entries
+
+    def extended(self, segments: jax.Array, positions: Any) -> Cache:
+        """The cache with room taken for tokens of these segments `[B, T]`; their entries are to follow."""
+        tokens = segments.shape[1]
+        if self.fresh:
+            if tokens > self.capacity:
+                raise InputError(f"{tokens} tokens do not fit a cache of capacity {self.capacity}")
+            grown = jax.tree.map(lambda x: _grown(x, 1, self.capacity), (segments, positions))
+            return replace(self, segments=grown[0], positions=grown[1], length=tokens)
+        start = jnp.asarray(self.length, jnp.int32)
+        old, new = (self.segments, self.positions), (segments, positions)
+        grown = jax.tree.map(
+            lambda a, b: lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), start, 1), old, new
+        )
+        return replace(self, segments=grown[0], positions=grown[1], length=self.length + tokens)
+
+    def next_positions(self, segments: jax.Array) -> jax.Array:
+        """Positions `[B, T]` of tokens to append: how many real tokens stand before each in its row."""
+        before = (self.segments > 0).sum(1, keepdims=True)
+        return jnp.maximum(before + jnp.cumsum(segments > 0, 1) - 1, 0)
+
+    def rows(self, indices: jax.Array) -> Cache:
+        """The cache whose row i is row `indices[i]` of this one."""
+        return jax.tree.map(lambda x: x if jnp.ndim(x) == 0 else jnp.take(x, indices, axis=0), self)
+
+    def repeat(self, times: int) -> Cache:
+        """Each row `times` times, one after another."""
+        return self.rows(jnp.repeat(jnp.arange(self.segments.shape[0]), times))
+
+
+def _grown(x: jax.Array, axis: int, size: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
