@@ -1,16 +1,19 @@
 """Attention and other kernels written by hand: one front, one reference, one file a backend.
 
-`front` has `attention()`; `masks` and `biases` are the expressions it takes, and `blocks` derives from a mask
-which tiles of the score matrix are skipped. `registry` chooses the implementation of a `request`: `chunked`
-(XLA, tile by tile) or `reference` (every score at once, the oracle). `spans`, `trees` and `varying` hold what
-these share: ranges of indices, dataclasses that are pytrees, and arrays inside `shard_map`.
+`front` has `attention()`; `masks`, `flags`, `biases` and `relations` are the expressions it takes, and
+`blocks` derives from a mask which tiles of the score matrix are skipped. `registry` chooses the
+implementation of a `request`: `chunked` (XLA, tile by tile) or `reference` (every score at once, the oracle).
+`spans`, `trees` and `varying` hold what these share: ranges of indices, dataclasses that are pytrees, and
+arrays inside `shard_map`.
 """
 
 from .biases import ALiBi, Bias, Bucketed, alibi_slopes
 from .biases import Dense as DenseBias
+from .flags import Keys, Queries
 from .front import attention, attention_probabilities
 from .masks import And, Causal, Dense, Full, Lengths, Mask, Not, Or, Prefix, Segments, Window
 from .registry import implementations
+from .relations import Relations
 from .request import Implementation, Request
 
 __all__ = [
@@ -23,11 +26,14 @@ __all__ = [
     "DenseBias",
     "Full",
     "Implementation",
+    "Keys",
     "Lengths",
     "Mask",
     "Not",
     "Or",
     "Prefix",
+    "Queries",
+    "Relations",
     "Request",
     "Segments",
     "Window",

@@ -98,21 +98,12 @@ class Bucketed(Bias):
 
     def bucket(self, distance: Array) -> Array:
         """The row of the table for each key-minus-query distance, int32 of the same shape."""
-        one_side = jnp.asarray(self._buckets_by_distance())
+        count = self.table.shape[0] // (2 if self.bidirectional else 1)
+        one_side = jnp.asarray(distance_buckets(count, self.max_distance))
         if not self.bidirectional:
             return one_side[jnp.clip(-distance, 0, self.max_distance)]
         bucket = one_side[jnp.minimum(jnp.abs(distance), self.max_distance)]
         return bucket + jnp.where(distance > 0, self.table.shape[0] // 2, 0)
-
-    def _buckets_by_distance(self) -> np.ndarray:
-        """Bucket of each distance 0..max_distance on one side: a table, so no device rounds a logarithm."""
-        count = self.table.shape[0] // (2 if self.bidirectional else 1)
-        exact = count // 2
-        distance = np.arange(self.max_distance + 1)
-        ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
-        spread = ratio / np.float32(np.log(self.max_distance / exact)) * np.float32(count - exact)
-        shared = np.minimum(exact + spread.astype(np.int32), count - 1)
-        return np.where(distance < exact, distance, shared).astype(np.int32)
 
     def mismatch(self, sizes: Sizes) -> str | None:
         """A column a head, enough buckets for the formula, and a maximum beyond the exact ones."""
@@ -147,6 +138,19 @@ class ALiBi(Bias):
         if jnp.shape(self.slopes) != (sizes.heads,):
             return f"ALiBi.slopes has shape {list(jnp.shape(self.slopes))}; it must be [{sizes.heads}]"
         return _offset_mismatch(self)
+
+
+def distance_buckets(count: int, max_distance: int) -> np.ndarray:
+    """T5's bucket of each distance 0..max_distance on one side of `count` buckets, int32.
+
+    A table, so that no device rounds a logarithm; the published float32 arithmetic decides at the borders.
+    """
+    exact = count // 2
+    distance = np.arange(max_distance + 1)
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    spread = ratio / np.float32(np.log(max_distance / exact)) * np.float32(count - exact)
+    shared = np.minimum(exact + spread.astype(np.int32), count - 1)
+    return np.where(distance < exact, distance, shared).astype(np.int32)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:

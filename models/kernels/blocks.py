@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from .flags import Keys, Queries
 from .masks import And, Causal, Dense, Full, Lengths, Mask, Not, Or, Prefix, Segments, Window, per_batch
 from .trees import AnyArray
 
@@ -86,6 +87,10 @@ def _dynamic(mask: Mask, grid: Grid) -> Any:
             return _segments(mask, grid)
         case Dense(allowed=allowed):
             return _dense(allowed, grid)
+        case Keys(flags=flags):
+            return _dense(flags[:, None, None, :], grid)
+        case Queries(flags=flags):
+            return _dense(flags[:, None, :, None], grid)
         case And(parts=parts):
             return functools.reduce(jnp.minimum, (_dynamic(part, grid) for part in parts))
         case Or(parts=parts):
