@@ -127,7 +127,8 @@ class AttentionModule(nn.Module):
     def _memory(self, memory: jax.Array | None, slots: Slots | None) -> tuple[jax.Array, jax.Array]:
         """Keys and values of the memory, or those kept from the call that had it."""
         if memory is None:
-            return self.get_variable(COLLECTION, "entries").read()
+            stored: KeyValues = self.get_variable(COLLECTION, "entries")
+            return stored.read()
         key, value = (self._project(memory, name, self.choice.groups) for name in ("key", "value"))
         if slots is not None:
             self.put_variable(COLLECTION, "entries", KeyValues.of(key, value))
@@ -137,7 +138,7 @@ class AttentionModule(nn.Module):
         """Keep the keys and values; return all that the queries look at."""
         if slots is None:
             return key, value
-        stored = self.get_variable(COLLECTION, "entries")
+        stored: KeyValues | None = self.get_variable(COLLECTION, "entries")
         entries, key, value = slots.append(stored, key, value)
         self.put_variable(COLLECTION, "entries", entries)
         return key, value

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -37,7 +37,8 @@ class Transformer(LinenModel):
     * `segments` (0 is padding, 1, 2, ... are packed documents; tokens attend within their own);
     * `positions` and `token_types`; `mask`, who sees whom instead of the configuration's rule;
     * `last=True`: only the last column goes to the head, `[B, 1, V]`;
-    * `cache`: returns `(outputs, cache)`, see `models.cache`.
+    * `cache`: returns `(outputs, cache)`, see `models.cache`;
+    * `extra`: what its head takes beside the hidden states (`ExtraWords` of an `ExtendedHead`).
     An encoder-decoder takes `decoder_tokens` `[B, U]`, `decoder_segments` and `decoder_positions` too, and
     returns logits for these; with a cache that holds the encoder's output, `tokens` are None.
     """
@@ -60,7 +61,7 @@ class Transformer(LinenModel):
         params: Params,
         *args: Any,
         cache: Cache | None = None,
-        mutable: Sequence[str] | bool = (),
+        mutable: Sequence[str] | Literal[False] = (),
         **kwargs: Any,
     ) -> Any:
         """Outputs, or `(outputs, cache)`; with the collections named by `mutable` as in `LinenModel`."""
@@ -121,6 +122,7 @@ class SingleStack(nn.Module):
         mask: Mask | None = None,
         cache: Cache | None = None,
         last: bool = False,
+        extra: Any = None,
         train: bool = False,
     ) -> Any:
         config, embedding = self.config, Embedding(self.config, name="embedding")
@@ -130,8 +132,10 @@ class SingleStack(nn.Module):
         hidden = finish(config, apply_layers(config, x, context))
         if last:
             hidden, segments = hidden[:, -1:], None
-        outputs = hidden if self.head is None else self.head.build(config)(hidden, segments, embedding.table)
-        return outputs if cache is None else (outputs, place.cache)
+        more = {} if extra is None else {"extra": extra}
+        if self.head is not None:
+            hidden = self.head.build(config)(hidden, segments, embedding.table, **more)
+        return hidden if cache is None else (hidden, place.cache)
 
 
 class EncoderDecoder(nn.Module):
@@ -284,7 +288,7 @@ def embed(
 ) -> jax.Array:
     """The residual stream `[B, T, D]` before the first layer."""
     config.precision.require_available()
-    x = embedding(tokens)
+    x = config.positions.place(embedding(tokens), positions)
     if config.embedding_width:
         x = config.linear(config.width, False, name="embedding_projection")(x)
     added = config.positions.embedding(config.width, config.precision, config.initial_std)

@@ -105,7 +105,9 @@ class Tuned:
             own = {**trained[path, name], **fixed.get((path, name), {})}
             placed = spread(own, self._hit(entry, path, params), self._sites[name].neutral)
             params = with_node(params, f"{path}/{name}".strip("/"), placed)
-        return apply_sites(self.model, params, self._sites, expected, args, kwargs)
+        # With a filled cache a model need not call what made the keys and values that the cache holds.
+        cached = getattr(kwargs.get("cache"), "entries", None)
+        return apply_sites(self.model, params, self._sites, () if cached else expected, args, kwargs)
 
     def bind(self, variables: Mapping[str, Any]) -> BoundModel:
         """The tuned Linen model as a plain one, for code that takes a model and its parameters.
@@ -117,8 +119,14 @@ class Tuned:
     def merge(self, params: Mapping[str, Any], variables: Mapping[str, Any]) -> Tree:
         """Parameters of the plain model that compute what the tuned one does (without dropout).
 
-        Raises `InputError` that names the method which no weights can express, and where it is.
+        Raises `InputError` that names the method which no weights can express, and where it is, and for a
+        model whose products are scaled: there a sum of weights is not a sum of outputs.
         """
+        if getattr(getattr(self.model, "config", None), "scaled_linears", False) and self._sites:
+            raise InputError(
+                "merge: this model divides its products by sqrt(width) (scaled_linears=True), which a delta's "
+                "products are not; keep the delta attached"
+            )
         fixed = places(variables.get("delta_state", {}))
         merged = self._with_leaves(variables, params)
         for (path, name), entry in self._places(variables):
