@@ -6,3 +6,8 @@
 * `settings` config.json, read to its last key; `family` and `registry` the kinds of models
 * `gpt2`, `llama` (and Mistral, Qwen2, Qwen3), ... one file a family
 """
+
+from .load import Pretrained, load_pretrained
+from .save import save_pretrained
+
+__all__ = ["Pretrained", "load_pretrained", "save_pretrained"]

@@ -35,9 +35,10 @@ def family(model_type: str) -> Family:
 
 def family_of(architecture: str) -> Family:
     """The family that has this architecture; raises `InputError` that lists all architectures."""
-    families = [family(name) for name in MODULES]
-    for found in families:
+    names: list[str] = []
+    for name in MODULES:
+        found = family(name)
         if architecture in found.architectures:
             return found
-    names = ", ".join(name for found in families for name in found.architectures)
-    raise InputError(f"architecture {architecture!r} is not supported; valid: {names}")
+        names += found.architectures
+    raise InputError(f"architecture {architecture!r} is not supported; valid: {', '.join(names)}")
