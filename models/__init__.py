@@ -1,7 +1,8 @@
 """What is computed: Transformers as pure functions over parameter trees.
 
 * `model` the protocol; `transformer` the three assemblies; `config` and `presets` what to assemble
-* `block`, `attention`, `mlp`, `norms`, `positions`, `rotary`, `residuals`, `heads` the parts
+* `block`, `attention`, `mlp`, `norms`, `positions`, `rotary`, `residuals`, `heads` the parts; `relations`,
+  `rotary2d` and `extended` those of CPM and ChatGLM
 * `cache` keys and values of the tokens so far
 * `kernels` the attention function behind one front
 * `hooks` reading and editing activations; `axes` logical axis names; `stacking` scanned layers
@@ -12,6 +13,7 @@ from .attention import GroupedQuery, multi_head, multi_query
 from .block import Block, Context
 from .cache import Cache
 from .config import Layer, TransformerConfig
+from .extended import ExtendedHead, ExtraWords
 from .heads import ClassifierHead, LanguageModelHead, MaskedLanguageModelHead, Pooler
 from .hooks import Hook, run_with_cache, run_with_edits
 from .mlp import MLP, GatedMLP
@@ -20,8 +22,10 @@ from .norms import LayerNorm, RMSNorm
 from .positions import ALiBi, Learned, Positions, RelativeBuckets, Rotary, Sinusoidal
 from .precision import BF16, FP16, FP32, FP64, Precision
 from .presets import PRESETS, preset
+from .relations import SegmentPositions, SegmentRelations, TreePositions, TreeRelations
 from .residuals import NormedResidual, PostNorm, PreNorm
 from .rotary import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
+from .rotary2d import Rotary2D
 from .stacking import stack_layers, unstack_layers
 from .transformer import Transformer
 
@@ -38,6 +42,8 @@ __all__ = [
     "ClassifierHead",
     "Context",
     "DynamicScaling",
+    "ExtendedHead",
+    "ExtraWords",
     "GatedMLP",
     "GroupedQuery",
     "Hook",
@@ -60,9 +66,14 @@ __all__ = [
     "RMSNorm",
     "RelativeBuckets",
     "Rotary",
+    "Rotary2D",
+    "SegmentPositions",
+    "SegmentRelations",
     "Sinusoidal",
     "Transformer",
     "TransformerConfig",
+    "TreePositions",
+    "TreeRelations",
     "YarnScaling",
     "as_linen",
     "as_model",

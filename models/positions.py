@@ -43,6 +43,10 @@ class Positions:
         """A module `positions [B, T] -> [B, T, D]` whose value is added to the embeddings, if any."""
         return None
 
+    def place(self, x: jax.Array, positions: Any) -> jax.Array:
+        """Word vectors `[B, T, D]` as the positions change them (CPM-Bee turns words of one name apart)."""
+        return x
+
     def rotate(self, x: jax.Array, positions: Any) -> jax.Array:
         """Queries or keys `[B, T, H, K]` at `positions [B, T]`."""
         return x
