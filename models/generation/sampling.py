@@ -1,0 +1,150 @@
+"""From the logits of the last column to the next token.
+
+Each function takes logits `[B, V]` and returns logits `[B, V]`; a token that is ruled out gets -inf. The
+definitions are those of Hugging Face transformers' `LogitsProcessor`s, in the order in which its
+`generate` applies them: repetition penalty, minimal length, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ... import InputError
+
+Numbers = Mapping[str, jax.Array]
+"""The processors that act, by name, with their numbers: keys are static under `jax.jit`, values traced."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits.
+
+    temperature         divides the logits; 0 takes the most probable token (greedy)
+    top_k               keep the k most probable tokens (0: all)
+    top_p               keep the smallest set of tokens whose probability is at least p (1: all)
+    min_p               keep tokens at least p times as probable as the most probable (0: all)
+    repetition_penalty  divides positive logits of tokens that the row already has, multiplies negative
+                        ones (1: off; Keskar et al., "CTRL", 2019, section 4.1)
+
+    Top-p is Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020), min-p Nguyen et al.,
+    "Turning Up the Heat" (2024). Of these only the penalty can change which token is the most probable,
+    so the others have no effect at temperature 0.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature} must be a number from 0")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise InputError(f"top_k={self.top_k} must be a whole number from 0 (0: all tokens)")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p={self.min_p} must be between 0 and 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise InputError(f"repetition_penalty={self.repetition_penalty} must be a number above 0")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken."""
+        return self.temperature == 0
+
+    def numbers(self) -> dict[str, Any]:
+        """The processors that act and their numbers; which act decides the program, the numbers do not."""
+        active: dict[str, Any] = {}
+        if self.repetition_penalty != 1:
+            active["repetition_penalty"] = np.float32(self.repetition_penalty)
+        if not self.greedy:
+            active["temperature"] = np.float32(self.temperature)
+            if self.top_k:
+                active["top_k"] = np.int32(self.top_k)
+            if self.top_p < 1:
+                active["top_p"] = np.float32(self.top_p)
+            if self.min_p:
+                active["min_p"] = np.float32(self.min_p)
+        return active
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def penalise_repetition(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:
+    """Logits of tokens with `seen [B, V]` divided by the penalty where positive, multiplied elsewhere."""
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def forbid(logits: jax.Array, tokens: jax.Array, active: jax.Array) -> jax.Array:
+    """-inf at `tokens [n]` (ids outside the vocabulary are ignored) where `active`, a scalar or `[B, 1]`."""
+    return jnp.where(active & member(tokens, logits.shape[-1]), -jnp.inf, logits)
+
+
+def member(tokens: jax.Array, vocab: int) -> jax.Array:
+    """Bool `[V]`: true at `tokens [n]`; ids outside the vocabulary are ignored."""
+    return (jnp.arange(vocab) == tokens[:, None]).any(0)
+
+
+def keep_top_k(logits: jax.Array, k: jax.Array | int) -> jax.Array:
+    """All logits at least as large as the k-th largest; k beyond the vocabulary keeps all."""
+    index = jnp.maximum(logits.shape[-1] - jnp.asarray(k), 0)
+    threshold = jnp.take(jnp.sort(logits, axis=-1), index, axis=-1)[..., None]
+    return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def keep_top_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
+    """The most probable tokens up to the one with which their sum passes p; at least one.
+
+    Of equally probable tokens those with the larger id are kept first, as a stable sort has them last.
+    """
+    order = jnp.argsort(logits, axis=-1, stable=True)
+    ascending = jnp.take_along_axis(logits, order, -1)
+    below = jnp.cumsum(jax.nn.softmax(ascending, -1), -1) <= 1 - p
+    below = below.at[..., -1].set(False)
+    removed = jnp.put_along_axis(jnp.zeros_like(below), order, below, -1, inplace=False)
+    return jnp.where(removed, -jnp.inf, logits)
+
+
+def keep_min_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
+    """Tokens whose probability is at least p times that of the most probable."""
+    probabilities = jax.nn.softmax(logits, -1)
+    floor = p * probabilities.max(-1, keepdims=True)
+    return jnp.where(probabilities < floor, -jnp.inf, logits)
+
+
+def restrict(logits: jax.Array, numbers: Numbers) -> jax.Array:
+    """Temperature, top-k, top-p and min-p, those of them that `numbers` has."""
+    logits = logits / numbers["temperature"]
+    if "top_k" in numbers:
+        logits = keep_top_k(logits, numbers["top_k"])
+    if "top_p" in numbers:
+        logits = keep_top_p(logits, numbers["top_p"])
+    if "min_p" in numbers:
+        logits = keep_min_p(logits, numbers["min_p"])
+    return logits
+
+
+def draw(logits: jax.Array, numbers: Numbers, keys: jax.Array | None, step: jax.Array) -> jax.Array:
+    """The next token of each row, int32 `[B]`: the largest logit, or a sample by the row's own key.
+
+    The sample is the largest of the logits plus Gumbel noise from `keys [B]` folded with `step`, so it does
+    not depend on other rows.
+    """
+    if "temperature" not in numbers:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    assert keys is not None
+    logits = restrict(logits, numbers)
+
+    def sample(key: jax.Array, row: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(key, step), row)
+
+    return jax.vmap(sample)(keys, logits).astype(jnp.int32)
