@@ -81,7 +81,7 @@ def load_pretrained(
     Raises `InputError`, in one line, for whatever the files hold that cannot be used, and lists it.
     """
     files = TensorFiles.open(locate(path_or_name))
-    settings = Settings(files.settings, ignore)
+    settings = Settings(files.settings, ignore, files.names)
     family = registry.family(settings.take("model_type"))
     name = architecture or _architecture(files.settings, family)
     own, config = family.head(name, settings), family.read(settings)

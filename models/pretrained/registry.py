@@ -17,6 +17,7 @@ MODULES: Mapping[str, str] = {
     "qwen3": "llama",
     "bert": "bert",
     "roberta": "roberta",
+    "xlm-roberta": "roberta",
     "t5": "t5",
     "opt": "opt",
     "cpmant": "cpm_ant",

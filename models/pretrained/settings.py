@@ -99,11 +99,19 @@ class Settings:
     """The values of a `config.json`, each of which has to be read, or ignored by name, by a family.
 
     `take` and `require` note what was read and `refuse` what cannot be had; `finish` raises one `InputError`
-    that lists all of it. `ignore` are keys that the user passes over.
+    that lists all of it. `ignore` are keys that the user passes over;
+    `tensors` names what the files hold, None where there are no files: some configurations do not say whether
+    a model has a matrix of its own for the logits.
     """
 
-    def __init__(self, values: Mapping[str, Any], ignore: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        ignore: Collection[str] = (),
+        tensors: Collection[str] | None = None,
+    ) -> None:
         self.values = dict(values)
+        self.tensors = None if tensors is None else frozenset(tensors)
         self._read = set(ignore)
         self._problems: list[str] = []
 
