@@ -88,24 +88,34 @@ def _check_leaves(model: Transformer, params: Params) -> None:
 def _settings(
     family: Family, name: str, model: Transformer, params: Params, carried: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The values of config.json, read once more to make sure that they describe this model."""
+    """The values of config.json, read once more to make sure that they describe this model.
+
+    Those that were carried along stay as they are where they still do.
+    """
     kind = np.dtype(jax.tree.leaves(params)[0].dtype).name
     own = {"architectures": [name], "model_type": family.name, "dtype": kind, "torch_dtype": kind}
-    labels = _labels(model, carried)
-    written = {**carried, **family.write(model.config, name), **labels, **own}
-    settings = Settings(written)
+    values = {**carried, **_labels(model, carried), **own}
+    if carried.get("model_type") == family.name and not _differences(family, name, model, values):
+        return values
+    values |= family.write(model.config, name)
+    wrong = _differences(family, name, model, values)
+    if wrong:
+        raise InputError(f"{name} cannot express this model: {'; '.join(wrong)}")
+    return values
+
+
+def _differences(family: Family, name: str, model: Transformer, values: Mapping[str, Any]) -> list[str]:
+    """What of the model reads otherwise in these values of config.json."""
+    settings = Settings(values)
     head, config = family.head(name, settings), family.read(settings)
     if head != model.head:
         raise InputError(f"{name} ends in {head}, the model in {model.head}; give another architecture=")
     mine, back = described(model.config), described(config)
-    wrong = [
-        f"{field}={mine[field]} (would be read as {back[field]})"
+    return [
+        f"{field}={mine[field]} (would be read as {back.get(field)})"
         for field in mine
-        if mine[field] != back[field]
+        if mine[field] != back.get(field)
     ]
-    if wrong:
-        raise InputError(f"{name} cannot express this model: {'; '.join(wrong)}")
-    return written
 
 
 def _labels(model: Transformer, carried: Mapping[str, Any]) -> dict[str, Any]:
