@@ -82,7 +82,7 @@ def stop_strings(sequences: Sequence[Sequence[int] | str], decode: Decode | None
     strings = tuple(each for each in sequences if isinstance(each, str))
     if strings and decode is None:
         raise InputError(
-            f"stop_sequences has the string {strings[0]!r}; strings need decode=, a function from ids to text"
+            f"stop_sequences has the string {strings[0]!r}; strings need text_of=, a function from ids to text"
         )
     return strings
 
