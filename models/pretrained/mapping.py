@@ -173,13 +173,15 @@ class Entry:
     """Their tensor `theirs` holds our leaf `ours` (paths of unrolled layers: `layers_3/...`), in `form`.
 
     `also` are further names under which a file may hold the same tensor again (tied weights): accepted if
-    equal, never written.
+    equal, never written. `again` is for a tensor that repeats part of a leaf which other entries fill (a head
+    tied to some rows of a table): it may be absent, must be equal, and is written.
     """
 
     theirs: str
     ours: str
     form: Form = Same()
     also: tuple[str, ...] = ()
+    again: bool = False
 
 
 def linear(theirs: str, ours: str, bias: bool = True) -> Iterator[Entry]:

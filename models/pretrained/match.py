@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from ... import InputError
+from .assemble import leaf_block
 from .family import Family
 from .files import TensorFiles, listed
 from .mapping import Entry, Index, Piece, Shape
@@ -96,6 +97,8 @@ def match(
         text = "; ".join(f"{kind}: {listed(found)}" for kind, found in problems.items() if found)
         raise InputError(f"{files.folder} does not fit its config.json ({family.name}): {text}")
     _check_copies(used, files, stored)
+    _check_repeated(used, abstract, files, stored)
+    used = {path: [piece for piece in pieces if not piece.entry.again] for path, pieces in used.items()}
     return Matched(used, stored, tuple(stored[name] for name in over), initialised)
 
 
@@ -105,13 +108,14 @@ def _names(entry: Entry) -> tuple[str, ...]:
 
 def _all_there(pieces: Sequence[Piece], leaf: jax.ShapeDtypeStruct, shapes: Mapping[str, Shape]) -> bool:
     """Whether the file has all of a leaf, in the leaf's shape."""
-    fits = [shapes.get(piece.entry.theirs) == piece.shape(tuple(leaf.shape)) for piece in pieces]
+    needed = [piece for piece in pieces if not piece.entry.again]
+    fits = [shapes.get(piece.entry.theirs) == piece.shape(tuple(leaf.shape)) for piece in needed]
     return bool(fits) and all(fits)
 
 
 def _missing(used: Mapping[str, list[Piece]], stored: Mapping[str, str]) -> list[str]:
     bare = [f"(any tensor for {path})" for path, pieces in used.items() if not pieces]
-    named = [piece.entry.theirs for pieces in used.values() for piece in pieces]
+    named = [p.entry.theirs for pieces in used.values() for p in pieces if not p.entry.again]
     return bare + list(dict.fromkeys(name for name in named if name not in stored))
 
 
@@ -141,6 +145,35 @@ def _check_copies(used: Mapping[str, list[Piece]], files: TensorFiles, stored: M
                     f"{files.folder}: {copy} differs from {name}, which config.json ties it to; "
                     f"set tie_word_embeddings to false there"
                 )
+
+
+def _check_repeated(
+    used: Mapping[str, list[Piece]], abstract: Leaves, files: TensorFiles, stored: Mapping[str, str]
+) -> None:
+    """Raise `InputError` where a tensor that repeats part of a leaf has other values than this."""
+
+    def read(name: str, index: Index) -> np.ndarray:
+        return files.read(stored[name], index)
+
+    for path, pieces in used.items():
+        again = [piece for piece in pieces if piece.entry.again and piece.entry.theirs in stored]
+        first = [piece for piece in pieces if not piece.entry.again]
+        shape = tuple(abstract[path].shape)
+        for piece, index in ((one, index) for one in again for index in _by_rows(one, shape)):
+            one, two = (leaf_block(p, shape, index, np.dtype(np.float32), read) for p in ([piece], first))
+            if not np.array_equal(one, two):
+                raise InputError(
+                    f"{files.folder}: {piece.entry.theirs} differs from {first[0].entry.theirs}, which "
+                    f"config.json ties it to; set tie_word_embeddings to false there"
+                )
+
+
+def _by_rows(piece: Piece, shape: Shape, rows: int = 1024) -> Iterator[Index]:
+    """What a piece fills of a plain leaf, a few rows at a time."""
+    for start in range(0, shape[0], rows):
+        window = (slice(start, min(start + rows, shape[0])), *(slice(0, n) for n in shape[1:]))
+        for _, box in piece.boxes(shape, window):
+            yield box.our_index((0,) * len(shape))
 
 
 def _equal(files: TensorFiles, first: str, second: str, rows: int = 1024) -> bool:

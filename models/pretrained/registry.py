@@ -21,7 +21,9 @@ MODULES: Mapping[str, str] = {
     "t5": "t5",
     "opt": "opt",
     "cpmant": "cpm_ant",
+    "cpm-live-ant": "cpm_ant",
     "cpmbee": "cpm_bee",
+    "cpm-live-bee": "cpm_bee",
     "chatglm": "chatglm",
 }
 
