@@ -7,9 +7,14 @@ import os
 import subprocess
 import sys
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from .job import DecoderJob
+
+class Job(Protocol):
+    """What a contender is to do."""
+
+    def to_json(self) -> str:
+        """All of it, for its process."""
 
 
 class Worker:
@@ -19,7 +24,7 @@ class Worker:
     standard error.
     """
 
-    def __init__(self, name: str, job: DecoderJob, threads: int = 0) -> None:
+    def __init__(self, name: str, job: Job, threads: int = 0) -> None:
         # -P: the current folder, perhaps our checkout, must not stand before the installed packages
         module = f"{__package__}.worker"
         command = [sys.executable, "-P", "-m", module, name, job.to_json(), str(threads)]
@@ -35,13 +40,14 @@ class Worker:
 
     def round(self, steps: int) -> dict[str, float]:
         """Train for `steps`: `loss`, and `wall` and `cpu` seconds."""
-        return self._ask(what="round", steps=steps)
+        return self.ask(what="round", steps=steps)
 
     def product(self, sizes: tuple[int, int, int]) -> dict[str, float]:
         """`wall` and `cpu` seconds of a matrix product `[m, k] x [k, n]`."""
-        return self._ask(what="product", sizes=sizes)
+        return self.ask(what="product", sizes=sizes)
 
-    def _ask(self, **command: Any) -> dict[str, float]:
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """The worker's reply to a command."""
         assert self.process.stdin is not None
         print(json.dumps(command), file=self.process.stdin, flush=True)
         return self._answer()

@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
+import numpy as np
+
+from .generation_job import GenerationJob
 from .job import DecoderJob
 
 REPEATS = 2  # of a matrix product; the faster counts
 
 
-class Contender(Protocol):
+class Trainer(Protocol):
     """Somebody who trains the job."""
 
     versions: str
@@ -31,6 +34,21 @@ class Contender(Protocol):
 
     def product(self, m: int, k: int, n: int) -> Callable[[], None]:
         """A function that multiplies `[m, k]` by `[k, n]` in float32 and waits for it."""
+
+
+class Generator(Protocol):
+    """Somebody who generates the job's text."""
+
+    versions: str
+
+    def generate(self, batch: int, new: int) -> np.ndarray:
+        """`new` tokens for each of the job's prompts, `[batch, new]`."""
+
+    def matrix_vector(self) -> Callable[[], None]:
+        """A function that multiplies the job's large matrix by a vector and waits for it."""
+
+
+Contender = Trainer | Generator
 
 
 @dataclass(frozen=True)
@@ -48,15 +66,26 @@ def timed(function: Callable[[], Any]) -> tuple[Any, Timing]:
     return value, Timing(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def make_contender(name: str, job: DecoderJob) -> Contender:
-    """The contender of that name; imports its framework and no other."""
-    if name == "ours":
-        from .ours import Ours
+def make_contender(name: str, job: str) -> Contender:
+    """The contender of that name, with its job as JSON; imports its framework and no other."""
+    match name:
+        case "ours":
+            from .ours import Ours
 
-        return Ours(job)
-    from .torch_training import TorchTraining
+            return Ours(DecoderJob.from_json(job))
+        case "eager" | "compiled":
+            from .torch_training import TorchTraining
 
-    return TorchTraining(job, compiled=name == "compiled")
+            return TorchTraining(DecoderJob.from_json(job), compiled=name == "compiled")
+        case "ours-generation":
+            from .generation_ours import OurGeneration
+
+            return OurGeneration(GenerationJob.from_json(job))
+        case "transformers-generation":
+            from .generation_torch import TransformersGeneration
+
+            return TransformersGeneration(GenerationJob.from_json(job))
+    raise ValueError(f"no contender is called {name!r}")
 
 
 def serve(contender: Contender, commands: Iterable[str], replies: TextIO) -> None:
@@ -67,14 +96,26 @@ def serve(contender: Contender, commands: Iterable[str], replies: TextIO) -> Non
         print(json.dumps(answer), file=replies, flush=True)
 
 
-def measure(contender: Contender, what: str, **arguments: Any) -> dict[str, Any]:
-    """The reply to one command: `round` trains some steps, `product` multiplies."""
-    if what == "round":
-        loss, timing = timed(lambda: contender.run(arguments["steps"]))
-        return {"loss": loss, "wall": timing.wall, "cpu": timing.cpu}
-    multiply = contender.product(*arguments["sizes"])
-    multiply()  # compiles, allocates
-    timings = [timed(multiply)[1] for _ in range(REPEATS)]
+def measure(contender: Any, what: str, **arguments: Any) -> dict[str, Any]:
+    """The reply to one command: `round` trains, `generate` generates, `product` and `read` multiply."""
+    match what:
+        case "round":
+            loss, timing = timed(lambda: contender.run(arguments["steps"]))
+            return {"loss": loss, "wall": timing.wall, "cpu": timing.cpu}
+        case "generate":
+            tokens, timing = timed(lambda: contender.generate(**arguments))
+            return {"tokens": tokens.tolist(), "wall": timing.wall, "cpu": timing.cpu}
+        case "product":
+            return best(contender.product(*arguments["sizes"]))
+        case "read":
+            return best(contender.matrix_vector())
+    raise ValueError(f"no command is called {what!r}")
+
+
+def best(function: Callable[[], Any]) -> dict[str, float]:
+    """The shortest times of a few calls, after one that compiles and allocates."""
+    function()
+    timings = [timed(function)[1] for _ in range(REPEATS)]
     return {"wall": min(timing.wall for timing in timings), "cpu": min(timing.cpu for timing in timings)}
 
 
@@ -84,7 +125,7 @@ def main(name: str, job: str, threads: str) -> None:
     os.dup2(2, 1)  # what a framework prints must not reach the pipe
     if int(threads):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
-    contender = make_contender(name, DecoderJob.from_json(job))
+    contender = make_contender(name, job)
     print(json.dumps({"versions": contender.versions}), file=replies, flush=True)
     serve(contender, sys.stdin, replies)
 

@@ -71,6 +71,7 @@ def verbs() -> dict[str, Callable[..., Verb]]:
     """Verb by name, in the order of the help page."""
     from .bench import Bench
     from .evaluate import Evaluate
+    from .generate import Generate
     from .quickstart import Quickstart
     from .report import Report
     from .train import Train
@@ -81,6 +82,7 @@ def verbs() -> dict[str, Callable[..., Verb]]:
         "train": Train,
         "tune": Tune,
         "evaluate": Evaluate,
+        "generate": Generate,
         "report": Report,
         "bench": Bench,
     }

@@ -1,11 +1,11 @@
-"""`modicum bench train`: ours beside its peers, measured on this machine in one run."""
+"""`modicum bench train|generate`: ours beside its peers, measured on this machine in one run."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -13,7 +13,7 @@ from ... import InputError
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrainBench:
     """Measure our train step beside the same decoder in PyTorch, eager and compiled, on this machine's CPU.
 
     Each contender has a process of its own and they take turns, round by round. Reported are medians, wall
@@ -21,8 +21,6 @@ class Bench:
     rate the model's arithmetic reaches.
     """
 
-    what: tyro.conf.Positional[Literal["train"]]
-    """What to measure."""
     layers: int = 6
     width: int = 384
     heads: int = 6
@@ -48,8 +46,7 @@ class Bench:
         from ..bench.training import measure_training
         from ..bench.training_report import summary, write
 
-        if self.out is not None and self.out.exists() and not self.out.is_dir():
-            raise InputError(f"out={self.out} is a file; give a folder")
+        require_folder(self.out)
         job = DecoderJob(self.layers, self.width, self.heads, self.length, self.batch, self.vocab)
         seen = measure_training(
             job,
@@ -57,9 +54,83 @@ class Bench:
             steps=self.steps,
             contenders=self.contenders,
             threads=self.threads,
-            report=lambda line: print(line, file=sys.stderr, flush=True),
+            report=say,
         )
         print(summary(seen))
         if self.out is not None:
             write(seen, self.out)
         return 0
+
+
+@dataclass(frozen=True)
+class GenerateBench:
+    """Measure greedy generation beside transformers' on the same weights, on this machine's CPU.
+
+    Each contender has a process of its own and they take turns, round by round. Reported are prefill and
+    decoding rates, and which part they reach of the bound that the memory sets: the bytes of the weights that
+    a token reads over the rate of a large matrix-vector product in the same run.
+    """
+
+    model: tyro.conf.Positional[str] = "gpt2"
+    """A checkpoint's folder; or a preset of GPT-2's kind, of which one with random weights is made."""
+    batch: tuple[int, ...] = (1, 8)
+    """Rows that are generated together; each number is measured."""
+    prompt: int = 128
+    """Tokens of a prompt."""
+    new: int = 64
+    """Tokens decoded after the first."""
+    rounds: int = 5
+    """Turns of each contender."""
+    contenders: tuple[Literal["ours", "transformers"], ...] = ("ours", "transformers")
+    """Who takes part."""
+    threads: int = 0
+    """Processors for each contender; 0: all."""
+    out: Path | None = None
+    """Folder for the tables and for every single timing."""
+
+    def run(self) -> int:
+        """Print the tables."""
+        from ..bench.generation import measure_generation
+        from ..bench.generation_report import summary, write
+
+        require_folder(self.out)
+        seen = measure_generation(
+            self.model,
+            batches=self.batch,
+            prompt=self.prompt,
+            new=self.new,
+            rounds=self.rounds,
+            contenders=self.contenders,
+            threads=self.threads,
+            report=say,
+        )
+        print(summary(seen))
+        if self.out is not None:
+            write(seen, self.out)
+        return 0
+
+
+Train = Annotated[TrainBench, tyro.conf.subcommand("train")]
+Generate = Annotated[GenerateBench, tyro.conf.subcommand("generate")]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure ours beside its peers, on this machine in one run."""
+
+    what: Train | Generate
+
+    def run(self) -> int:
+        """Print the tables."""
+        return self.what.run()
+
+
+def require_folder(out: Path | None) -> None:
+    """Raise `InputError` where the tables could not be written."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"out={out} is a file; give a folder")
+
+
+def say(line: str) -> None:
+    """What is going on, on standard error."""
+    print(line, file=sys.stderr, flush=True)

@@ -8,14 +8,14 @@ from modicum import InputError
 from modicum.experiments.bench.job import DecoderJob
 from modicum.experiments.bench.training import Measurements
 from modicum.experiments.bench.training_report import steps_table, utilisation_table
-from modicum.experiments.commands.bench import Bench
+from modicum.experiments.commands.bench import TrainBench
 
 TINY = {"layers": 1, "width": 16, "heads": 2, "length": 8, "batch": 2, "vocab": 32, "rounds": 2}
 
 
 @pytest.mark.slow
 def test_ours_alone_needs_no_peers(capsys, tmp_path):
-    assert Bench("train", **TINY, contenders=("ours",), out=tmp_path).run() == 0
+    assert TrainBench(**TINY, contenders=("ours",), out=tmp_path).run() == 0
     assert "Modicum" in capsys.readouterr().out
     record = json.loads((tmp_path / "train.json").read_text())
     assert len(record["rounds"]["ours"]) == 2
@@ -28,7 +28,7 @@ def test_ours_alone_needs_no_peers(capsys, tmp_path):
 @pytest.mark.timeout(900)
 def test_all_contenders_take_part(capsys, tmp_path):
     pytest.importorskip("torch")
-    assert Bench("train", **TINY, out=tmp_path).run() == 0
+    assert TrainBench(**TINY, out=tmp_path).run() == 0
     printed = capsys.readouterr().out
     for name in ("Modicum", "PyTorch eager", "torch.compile", "XLA"):
         assert name in printed
@@ -88,16 +88,16 @@ def test_a_job_survives_its_journey():
 )
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(InputError, match=message):
-        Bench("train", **{**TINY, **options}).run()
+        TrainBench(**{**TINY, **options}).run()
 
 
 def test_without_pytorch_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'modicum\[peers\]'"):
-        Bench("train", **TINY).run()
+        TrainBench(**TINY).run()
 
 
 def test_a_file_in_the_way_of_the_output_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        Bench("train", **TINY, out=tmp_path / "out").run()
+        TrainBench(**TINY, out=tmp_path / "out").run()

@@ -1,0 +1,181 @@
+"""`modicum generate MODEL --prompt TEXT`: continue texts, as they come."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from ... import InputError
+
+if TYPE_CHECKING:
+    from ...models.generation import Sampling
+    from .language_models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue one prompt, streaming, or every line of a file, together.
+
+    MODEL is a published checkpoint (its folder or its name on the Hugging Face hub) or what `modicum train`
+    left. The most probable token is taken unless --temperature is given.
+    """
+
+    model: tyro.conf.Positional[str]
+    """A folder with config.json, safetensors and a tokenizer; a hub name; or a run of `modicum train`."""
+    prompt: str = ""
+    """The text to continue; an encoder-decoder's input."""
+    prompts: Path | None = None
+    """A file with a prompt on each line, continued as one batch."""
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    """0: the most probable token; 1: the model's own probabilities."""
+    top_k: int = 0
+    """Sample from the k most probable tokens; 0: from all."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability."""
+    min_p: float = 0.0
+    """Sample from tokens at least this times as probable as the most probable."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that the text already has become less probable."""
+    beams: int = 1
+    """Search this many continuations at a time and print the best."""
+    stop: tuple[str, ...] = ()
+    """Texts after which to stop."""
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of a published checkpoint's parameters and arithmetic."""
+
+    def run(self) -> int:
+        """Print the continuations."""
+        from .compilation import cache_compilations
+        from .language_models import open_language_model
+
+        texts = self._texts()
+        self._check()
+        sampling = self._sampling()
+        cache_compilations()
+        speaker = open_language_model(self.model, self.dtype)
+        if self.beams > 1:
+            self._search(speaker, texts)
+        elif len(texts) == 1 and self.prompts is None:
+            self._stream(speaker, texts[0], sampling)
+        else:
+            self._batch(speaker, texts, sampling)
+        return 0
+
+    def _texts(self) -> list[str]:
+        if (self.prompts is None) == (not self.prompt):
+            raise InputError("give --prompt TEXT or --prompts FILE, one of them")
+        if self.prompts is None:
+            return [self.prompt]
+        lines = [line for line in self.prompts.read_text("utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise InputError(f"{self.prompts} has no line of text; one prompt a line is valid")
+        return lines
+
+    def _check(self) -> None:
+        if self.beams < 1:
+            raise InputError(f"beams={self.beams} must be at least 1")
+        if self.beams > 1 and (self.temperature or self.stop):
+            raise InputError("beams search the most probable text: leave out --temperature and --stop")
+
+    def _sampling(self) -> Sampling:
+        from ...models.generation import Sampling
+
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+    def _options(self, speaker: LanguageModel, sampling: Sampling) -> dict[str, Any]:
+        import jax
+
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "min_new_tokens": self.min_new_tokens,
+            "sampling": sampling,
+            "rng": None if sampling.greedy else jax.random.key(self.seed),
+            "stop_tokens": speaker.stops,
+            "stop_sequences": self.stop,
+            "text_of": speaker.tokenizer.decode,
+            "decoder_tokens": speaker.start,
+        }
+
+    def _stream(self, speaker: LanguageModel, text: str, sampling: Sampling) -> None:
+        """Print each piece of text as it is complete; a note on the speed goes to who watches."""
+        from ...models.generation import stream
+        from ...models.pretrained.tokenizers import stream_text
+
+        ids = encoded(speaker, [text])[0]
+        clock = Clock()
+        tokens = stream(speaker.model, speaker.params, ids, **self._options(speaker, sampling))
+        if speaker.start is None:
+            print(text, end="", flush=True)
+        for piece in stream_text(speaker.tokenizer, clock.count(tokens)):
+            print(piece, end="", flush=True)
+        print()
+        if sys.stderr.isatty():
+            print(clock.note(len(ids)), file=sys.stderr)
+
+    def _batch(self, speaker: LanguageModel, texts: Sequence[str], sampling: Sampling) -> None:
+        from ...models.generation import generate
+
+        rows = encoded(speaker, texts)
+        made = generate(speaker.model, speaker.params, rows, **self._options(speaker, sampling))
+        for text, row in zip(texts, made.rows()):
+            show(speaker, text, row)
+
+    def _search(self, speaker: LanguageModel, texts: Sequence[str]) -> None:
+        from ...models.generation import beam_search
+
+        found = beam_search(
+            speaker.model,
+            speaker.params,
+            encoded(speaker, texts),
+            beams=self.beams,
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens,
+            stop_tokens=speaker.stops,
+            decoder_tokens=speaker.start,
+        )
+        for text, tokens, lengths in zip(texts, found.tokens, found.lengths):
+            show(speaker, text, tokens[0, : lengths[0]])
+
+
+def encoded(speaker: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each prompt; raises `InputError` for a text that has none."""
+    rows = speaker.tokenizer.encode_all(texts, None, True)
+    for text, row in zip(texts, rows):
+        if not row:
+            raise InputError(f"prompt {text!r} has no token of this model's vocabulary")
+    return rows
+
+
+def show(speaker: LanguageModel, text: str, row: Any) -> None:
+    """One continuation on standard output, after its prompt where the model continued that."""
+    print((text if speaker.start is None else "") + speaker.tokenizer.decode(row), flush=True)
+
+
+class Clock:
+    """Times tokens that pass by."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+        self.times: list[float] = []
+
+    def count(self, tokens: Iterator[int]) -> Iterator[int]:
+        """The same tokens."""
+        for token in tokens:
+            self.times.append(time.perf_counter())
+            yield token
+
+    def note(self, prompt: int) -> str:
+        """How long the first token took, and how many a second came after it."""
+        first = self.times[0] - self.begin
+        rest, seconds = len(self.times) - 1, self.times[-1] - self.times[0]
+        rate = f"{rest / seconds:.1f} tokens/s" if rest and seconds else "1 token"
+        return f"{prompt} prompt tokens, first token after {first:.2f} s, then {rate}"

@@ -1,0 +1,78 @@
+"""A language model to generate with: a published checkpoint, or what `modicum train` left."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ... import InputError
+
+if TYPE_CHECKING:
+    from ...models.model import Params
+    from ...models.pretrained.tokenizers import Tokenizer
+    from ...models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model with its parameters and tokenizer.
+
+    `stops` are the ids that end a text; `start` is the id that the decoder of an encoder-decoder starts with.
+    """
+
+    model: Transformer
+    params: Params
+    tokenizer: Tokenizer
+    stops: tuple[int, ...]
+    start: int | None = None
+
+
+def open_language_model(path: str, dtype: str) -> LanguageModel:
+    """The model at `path`, a folder of either kind, or published under that name.
+
+    Raises `InputError` where no such model is, or none that continues texts.
+    """
+    from ...research.training.model_folder import DESCRIPTION
+
+    if any((folder / DESCRIPTION).is_file() for folder in (Path(path), Path(path) / "model")):
+        return _trained(Path(path))
+    return _published(path, dtype)
+
+
+def _trained(path: Path) -> LanguageModel:
+    from ...models.pretrained.tokenizers import SpecialTokens
+    from ...models.pretrained.tokenizers.fast import FastTokenizer
+    from ...research.training.model_folder import find_model, load_model, load_tokenizer
+
+    trained = load_model(find_model(path))
+    if trained.labels:
+        raise InputError(f"{path} holds a classifier; generating needs a language model")
+    own = load_tokenizer(trained, path)
+    special = SpecialTokens(own.pad, None, own.eos, frozenset((own.pad, own.eos)))
+    return LanguageModel(trained.model, trained.params, FastTokenizer(own.inner, special), (own.eos,))
+
+
+def _published(path: str, dtype: str) -> LanguageModel:
+    from ...models.heads import LanguageModelHead
+    from ...models.pretrained import load_pretrained
+    from ...models.pretrained.tokenizers import load_tokenizer
+
+    pretrained = load_pretrained(path, dtype=dtype)
+    if not isinstance(pretrained.model.head, LanguageModelHead):
+        raise InputError(f"{path} holds a {pretrained.architecture}; generating needs a language model")
+    tokenizer = load_tokenizer(pretrained.folder)
+    told = pretrained.settings | _generation_settings(pretrained.folder)
+    stops = told.get("eos_token_id", tokenizer.eos)
+    ends = () if stops is None else tuple(stops) if isinstance(stops, list) else (stops,)
+    start = told.get("decoder_start_token_id")
+    if pretrained.model.config.kind == "encoder-decoder" and start is None:
+        raise InputError(f"{path}: config.json has no decoder_start_token_id, with which its decoder begins")
+    return LanguageModel(pretrained.model, pretrained.params, tokenizer, ends, start)
+
+
+def _generation_settings(folder: Path) -> dict[str, Any]:
+    """What `generation_config.json` says, where there is one; it goes before config.json."""
+    file = folder / "generation_config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}

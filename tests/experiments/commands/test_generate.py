@@ -1,0 +1,126 @@
+"""`modicum generate` on a published checkpoint and on what `modicum train` left."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from modicum.models import MLP, Learned, Transformer, TransformerConfig, multi_head
+from modicum.models.generation import beam_search, generate
+from modicum.models.pretrained import load_pretrained, save_pretrained
+from modicum.models.pretrained.tokenizers import load_tokenizer
+from modicum.research.data.tokenizers import train_tokenizer
+
+TEXTS = ["the film was good and warm", "a dull story of the cold", "it was a lovely film"]
+NEW = ("--max-new-tokens", 8)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A tiny GPT-2 with random weights, in a folder as the hub has them."""
+    folder = tmp_path_factory.mktemp("published") / "gpt2"
+    tokenizer = train_tokenizer(TEXTS * 4, 300)
+    config = TransformerConfig(
+        layers=1,
+        width=16,
+        vocab=tokenizer.vocab,
+        attention=multi_head(2),
+        mlp=MLP(32, "gelu_tanh"),
+        positions=Learned(64),
+        initial_std=1.0,
+    )
+    model = Transformer(config)
+    params = model.init(jax.random.key(3), jnp.zeros((1, 2), jnp.int32))
+    save_pretrained(folder, model, params, architecture="GPT2LMHeadModel")
+    tokenizer.save(folder / "tokenizer.json")
+    return folder
+
+
+def continuation(folder, text, count=8):
+    """What the library's own `generate` makes of a prompt."""
+    pretrained, tokenizer = load_pretrained(folder), load_tokenizer(folder)
+    made = generate(pretrained.model, pretrained.params, tokenizer.encode(text), max_new_tokens=count)
+    return text + tokenizer.decode(made.tokens[0])
+
+
+def test_a_prompt_is_continued_as_the_library_does(modicum, published):
+    said = modicum("generate", published, "--prompt", TEXTS[0], *NEW)
+    assert said.code == 0, said.error
+    assert said.out == continuation(published, TEXTS[0]) + "\n"
+
+
+def test_prompts_of_a_file_are_continued_together(modicum, published, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(TEXTS) + "\n\n")
+    said = modicum("generate", published, "--prompts", file, *NEW)
+    assert said.code == 0, said.error
+    assert said.out == "".join(continuation(published, text) + "\n" for text in TEXTS)
+
+
+def test_sampling_is_repeatable_and_depends_on_the_seed(modicum, published):
+    options = ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.95)
+    said = [
+        modicum("generate", published, "--prompt", TEXTS[0], *NEW, *options, "--seed", seed).out
+        for seed in (1, 1, 2)
+    ]
+    assert said[0] == said[1] != said[2]
+
+
+def test_the_best_of_several_beams_is_printed(modicum, published):
+    pretrained, tokenizer = load_pretrained(published), load_tokenizer(published)
+    prompt = tokenizer.encode(TEXTS[1])
+    found = beam_search(pretrained.model, pretrained.params, prompt, beams=4, max_new_tokens=3)
+    said = modicum("generate", published, "--prompt", TEXTS[1], "--beams", 4, "--max-new-tokens", 3)
+    assert said.code == 0, said.error
+    assert said.out == TEXTS[1] + tokenizer.decode(found.tokens[0, 0]) + "\n"
+
+
+def test_a_stop_text_ends_the_continuation(modicum, published):
+    whole = continuation(published, TEXTS[0]).removeprefix(TEXTS[0])
+    stop = whole[2:4]
+    said = modicum("generate", published, "--prompt", TEXTS[0], *NEW, "--stop", stop)
+    assert said.code == 0, said.error
+    made = said.out.removesuffix("\n").removeprefix(TEXTS[0])
+    assert whole.startswith(made) and stop in made and len(made) < len(whole)
+
+
+def test_a_trained_run_generates(modicum, trained):
+    said = modicum("generate", trained, "--prompt", "the film was", "--max-new-tokens", 4)
+    assert said.code == 0, said.error
+    assert said.out.startswith("the film was")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ((), "give --prompt TEXT or --prompts FILE"),
+        (("--prompt", "a", "--beams", 0), "beams=0 must be at least 1"),
+        (("--prompt", "a", "--beams", 2, "--temperature", 1), "leave out --temperature"),
+        (("--prompt", "a", "--temperature", -1), "temperature=-1"),
+        (("--prompt", "a", "--top-p", 0), "top_p=0"),
+        (("--prompt", "a", "--max-new-tokens", 0), "max_new_tokens=0"),
+        (("--prompt", "a", "--max-new-tokens", 100), "the model's 64 positions"),
+    ],
+)
+def test_bad_options_are_one_line(refused, published, options, message):
+    assert message in refused("generate", published, *options)
+
+
+def test_a_missing_model_is_one_line(refused, tmp_path):
+    assert "nowhere is not a folder" in refused("generate", tmp_path / "nowhere", "--prompt", "a")
+
+
+def test_an_empty_file_of_prompts_is_one_line(refused, published, tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    assert "no line of text" in refused("generate", published, "--prompts", tmp_path / "empty")
+
+
+def test_a_classifier_does_not_generate(refused, published, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    settings = json.loads((published / "config.json").read_text()) | {"architectures": ["GPT2Model"]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).symlink_to(published / name)
+    assert "needs a language model" in refused("generate", folder, "--prompt", "a")
