@@ -105,11 +105,16 @@ def backbone(prefix: str, config: TransformerConfig) -> Iterator[Entry]:
 
 
 def word_logits(decoder: str, bias: str, config: TransformerConfig) -> Iterator[Entry]:
-    """The last step of a masked-word head, whose bias has two names in the file: their tied parameters."""
+    """The last step of a masked-word head, whose bias has two names.
+
+    Tied, these are one parameter. Untied they are two, of which only the decoder's is used: of two entries
+    for one leaf the latter is what is read, and both are written.
+    """
     rows = Rows(0, config.vocab)
     if config.tied:
         yield Entry(bias, "head/bias", rows, (f"{decoder}.bias",))
     else:
+        yield Entry(bias, "head/bias", rows)
         yield Entry(f"{decoder}.bias", "head/bias", rows)
         yield Entry(f"{decoder}.weight", "head/kernel", Rows(0, config.vocab, 1, Transposed()))
 
@@ -140,12 +145,7 @@ FAMILIES = (
         prefixes=("bert.",),
         bare=("BertModel",),
         buffers=BUFFERS,
-        # Untied, `predictions.bias` is a parameter that no output depends on: the decoder has its own.
-        extras=(
-            r"cls\.seq_relationship\..*",
-            r"cls\.predictions\.bias",
-            r"(bert\.)?pooler\.dense\.(weight|bias)",
-        ),
+        extras=(r"cls\.seq_relationship\..*", r"(bert\.)?pooler\.dense\.(weight|bias)"),
         renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     ),
 )
