@@ -5,6 +5,8 @@ Both directions walk the boxes of `mapping`, one block or tensor at a time.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from ... import InputError
 from .container import Tensor
 from .mapping import Index, Piece, Shape
 
+SMALL = 1 << 20  # bytes of blocks that may stay in the heap
 Read = Callable[[str, Index], np.ndarray]
 
 
@@ -32,7 +35,7 @@ def leaf_block(
     The values go straight from what `read` returns into the block: nothing of its size is made beside it.
     """
     origin = [part.start for part in index]
-    block = np.zeros([part.stop - part.start for part in index], dtype)
+    block = _zeros(tuple(part.stop - part.start for part in index), dtype)
     for piece in pieces:
         for row, box in piece.boxes(shape, index):
             values = read(piece.entry.theirs, box.their_index())
@@ -53,7 +56,7 @@ def place_leaf(
     """A leaf as an array on the devices of `sharding`, shard by shard.
 
     A shard is on its devices before the next is read, so that of what is not yet there one shard at most is
-    in the host's memory, and none of the array's own memory is the file's.
+    in the host's memory. None of the array's own memory is the file's.
     """
     shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
@@ -63,10 +66,26 @@ def place_leaf(
     arrays = []
     for spans, owners in devices.items():
         index = tuple(slice(start, stop) for start, stop in spans)
-        block = leaf_block(pieces, shape, index, dtype, read)
-        placed = [jax.device_put(block, device, may_alias=False) for device in owners]
-        arrays += jax.block_until_ready(placed)
+        arrays += _copies(leaf_block(pieces, shape, index, dtype, read), owners)
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _copies(block: np.ndarray, devices: Sequence[jax.Device]) -> list[jax.Array]:
+    """The block on each of the devices, once it is there; a CPU's arrays are the block itself."""
+    return jax.block_until_ready([jax.device_put(block, device) for device in devices])
+
+
+def _zeros(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """Zeros in pages of their own, which go back to the system when they are dropped.
+
+    The heap would keep holes of a block's size. And JAX takes pages on a CPU as they are, without a copy; it
+    never writes to them, not for donated arrays either.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < SMALL:
+        return np.zeros(shape, dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def their_tensors(leaves: Mapping[str, list[Piece]], params: Any) -> Iterator[Tensor]:
