@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ... import InputError
 
-PROMPT = 16
-"""The smallest bucket of a prompt: below it, columns of padding cost less than one more program."""
+PROMPT = NEW = 16
+"""The smallest buckets of a prompt and of new tokens: below, padding costs less than one more program."""
 
 
 def bucket(length: int, smallest: int = 1) -> int:

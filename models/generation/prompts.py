@@ -17,7 +17,7 @@ from ..kernels import Mask
 from ..model import Params
 from ..stacking import unstack_layers
 from ..transformer import Transformer
-from .buckets import PROMPT, bucket
+from .buckets import NEW, PROMPT, bucket
 from .padding import Tokens, as_rows, check_segments, fill_rows, moved
 
 INPUTS = ("positions", "token_types", "mask")
@@ -139,7 +139,7 @@ def _prompt(
     arrays = {name: moved(value, segments, width, "left") for name, value in arrays.items()}
     if mask is not None and not isinstance(mask, Mask):
         mask = mask(arrays["segments"])
-    return Prompt(mask=mask, **arrays), bucket(width + new, smallest)
+    return Prompt(mask=mask, **arrays), width + bucket(new, NEW)
 
 
 def _with_source(

@@ -42,7 +42,7 @@ class Stops:
         `recent [..., l]` are its last tokens, at least one, with `NOTHING` before its first; `count` how many
         new tokens there are with the last one.
         """
-        token = (recent[..., -1:] == self.tokens).any(-1)
+        token = ((recent[..., -1:] == self.tokens) & (self.tokens != NOTHING)).any(-1)
         width = self.sequences.shape[1]
         tail = recent[..., None, recent.shape[-1] - width :]
         matches = ((tail == self.sequences) | (self.sequences == NOTHING)).all(-1)

@@ -40,12 +40,18 @@ CONFIGS = {
 
 
 def build(config, seed=1):
-    """A model and parameters large enough that its choices vary with the text."""
-    model = Transformer(config)
-    tokens = jnp.ones((1, 4), jnp.int32)
+    """A model and random parameters, large enough that its choices vary with the text."""
+    model, rng = Transformer(config), np.random.default_rng(seed)
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     more = {"decoder_tokens": tokens} if config.kind == "encoder-decoder" else {}
-    params = jax.jit(model.init)(jax.random.key(seed), tokens, **more)
-    return model, jax.tree.map(lambda x: x * (6 if x.ndim > 1 else 1), params)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, **more)
+
+    def fill(path, leaf):
+        scale = str(path[-1].key) == "scale"
+        spread = 0.25 if len(leaf.shape) > 1 else 0.05
+        return jnp.asarray(rng.normal(1.0 if scale else 0.0, spread, leaf.shape), leaf.dtype)
+
+    return model, jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def ragged(*lengths, seed=0):

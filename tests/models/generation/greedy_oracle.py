@@ -23,21 +23,23 @@ def full_forward(model, params, tokens, segments, decoder_tokens):
     return model.apply(params, tokens, segments=segments)
 
 
-def slow_greedy(model, params, prompt, new, start=None):
+def slow_greedy(model, params, prompt, new, start=None, width=40):
     """`new` tokens after one prompt, the whole text read again for each; with the gaps of the top two.
 
-    `start` are the ids with which the decoder of an encoder-decoder starts.
+    `start` are the ids with which the decoder of an encoder-decoder starts. Texts are padded to `width` on
+    the right, where no token looks, so that all are one program.
     """
+    source, segments = np.zeros((2, 1, width), np.int32)
+    source[0, : len(prompt)], segments[0, : len(prompt)] = prompt, 1
     text = list(prompt if start is None else start)
-    first, gaps = len(text), []
-    row, source = np.zeros((1, first + new), np.int32), np.asarray([prompt])
+    first, gaps, row = len(text), [], np.zeros((1, width), np.int32)
     for _ in range(new):
         row[0, : len(text)] = text
-        segments = (np.arange(first + new) < len(text))[None].astype(np.int32)
         if start is None:
-            logits = full_forward(model, params, row, segments, None)
+            real = (np.arange(width) < len(text))[None].astype(np.int32)
+            logits = full_forward(model, params, row, real, None)
         else:
-            logits = full_forward(model, params, source, np.ones_like(source), row)
+            logits = full_forward(model, params, source, segments, row)
         logits = np.asarray(logits[0, len(text) - 1, : model.config.vocab])
         low, high = np.sort(logits)[-2:]
         gaps.append(high - low)
@@ -54,7 +56,7 @@ def agree(ours, theirs, gaps):
 
 
 def peer_greedy(theirs, prompts, new, pad, start=None):
-    """transformers' `generate(do_sample=False)` on left-padded prompts: the new tokens and gaps of each row."""
+    """What transformers' `generate(do_sample=False)` adds to left-padded prompts, and the top two's gaps."""
     import torch
 
     torch.set_num_threads(1)

@@ -91,7 +91,9 @@ def test_the_processors_act_in_order():
     got = np.asarray(restrict(jnp.asarray(row), numbers))
     assert np.isfinite(got).tolist() == [[True, False, False, False]]  # 0.16 / 0.25 = 0.64 suffices
     numbers = Sampling(temperature=0.5, top_k=2, top_p=0.65).numbers()
-    assert np.isfinite(np.asarray(restrict(jnp.asarray(row), numbers))).tolist() == [[True, True, False, False]]
+    assert np.isfinite(np.asarray(restrict(jnp.asarray(row), numbers))).tolist() == [
+        [True, True, False, False]
+    ]
 
 
 def test_only_active_processors_are_part_of_the_program():
