@@ -11,6 +11,15 @@ from .family import Family, activation, choice, their_activation
 from .mapping import Entry, Rows, Transposed, linear, norm
 from .settings import Settings
 
+# Left over from the original release's training code; `transformers` does not read them either.
+UNUSED = (
+    "directionality",
+    "pooler_fc_size",
+    "pooler_num_attention_heads",
+    "pooler_num_fc_layers",
+    "pooler_size_per_head",
+    "pooler_type",
+)
 BUFFERS = (r"embeddings\.(position_ids|token_type_ids)$",)
 
 
@@ -27,7 +36,7 @@ def encoder(settings: Settings, positions: Learned) -> TransformerConfig:
     settings.require("position_embedding_type", "absolute")
     settings.require("is_decoder", False)
     settings.require("add_cross_attention", False)
-    settings.ignore("attention_probs_dropout_prob", "classifier_dropout")
+    settings.ignore("attention_probs_dropout_prob", "classifier_dropout", *UNUSED)
     return TransformerConfig(
         kind="encoder",
         layers=settings.take("num_hidden_layers", 12),
