@@ -116,7 +116,7 @@ def _all_there(pieces: Sequence[Piece], leaf: jax.ShapeDtypeStruct, shapes: Mapp
 def _missing(used: Mapping[str, list[Piece]], stored: Mapping[str, str]) -> list[str]:
     bare = [f"(any tensor for {path})" for path, pieces in used.items() if not pieces]
     named = [p.entry.theirs for pieces in used.values() for p in pieces if not p.entry.again]
-    return bare + list(dict.fromkeys(name for name in named if name not in stored))
+    return bare + sorted({name for name in named if name not in stored})
 
 
 def _wrong_shapes(
@@ -128,7 +128,7 @@ def _wrong_shapes(
             name, valid = piece.entry.theirs, piece.shape(tuple(abstract[path].shape))
             if name in shapes and shapes[name] != valid:
                 found[name] = f"{name} {list(shapes[name])} (valid: {list(valid)})"
-    return list(found.values())
+    return [found[name] for name in sorted(found)]
 
 
 def _wrong_types(files: TensorFiles, names: Iterable[str]) -> list[str]:
