@@ -154,7 +154,7 @@ FAMILIES = (
         prefixes=("bert.",),
         bare=("BertModel",),
         buffers=BUFFERS,
-        extras=(r"cls\.seq_relationship\..*", r"(bert\.)?pooler\.dense\.(weight|bias)"),
+        extras=(r"^cls\.seq_relationship\.", r"^(bert\.)?pooler\.dense\."),
         renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     ),
 )

@@ -64,7 +64,7 @@ def _family(name: str, title: str) -> Family:
         prefixes=("roberta.",),
         bare=(f"{title}Model",),
         buffers=BUFFERS,
-        extras=(r"(roberta\.)?pooler\.dense\.(weight|bias)"),
+        extras=(r"^(roberta\.)?pooler\.dense\.",),
     )
 
 

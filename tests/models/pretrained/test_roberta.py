@@ -82,3 +82,20 @@ def test_what_cannot_be_had_is_refused(changes, words, tmp_path):
         load_pretrained(tmp_path)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_pooler_beside_the_masked_word_head(tmp_path):
+    """Files of the hub have it; no output of the architecture needs it. Anything else unknown is refused."""
+    from safetensors.torch import load_file, save_file
+
+    build("RobertaForMaskedLM").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    pooler = {
+        "roberta.pooler.dense.weight": torch.zeros(24, 24),
+        "roberta.pooler.dense.bias": torch.zeros(24),
+    }
+    save_file({**tensors, **pooler}, tmp_path / "model.safetensors")
+    assert set(load_pretrained(tmp_path).left_out) == set(pooler)
+    save_file({**tensors, "roberta.poolers.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"unknown tensors: roberta\.poolers\.weight"):
+        load_pretrained(tmp_path)
