@@ -2,10 +2,12 @@
 
 * `load` load_pretrained: to a model and its parameters, leaf by leaf, straight to where they are to lie
 * `save` save_pretrained: what `transformers` loads again
-* `files` their tensors, read lazily; `mapping` which part of which tensor is which of our parameters
-* `settings` config.json, read to its last key; `family` and `registry` the kinds of models
+* `files` a folder of tensors, or a name of the hub; `container` one safetensors file, read lazily
+* `mapping` which part of which tensor is which of our parameters; `assemble` the one from the other
+* `settings` config.json, read to its last key; `match` every tensor has a use, or the error lists it
+* `family` and `registry` the kinds of models: a short file each (`gpt2`; `llama` with Mistral and Qwen; ...)
 * `tokenizers` the tokenizers that come with them; `minilm` sentence embeddings
-* `gpt2`, `llama` (and Mistral, Qwen2, Qwen3), ... one file a family
+* `alike` whether two configurations compute the same; `rope` rotary positions in config.json
 """
 
 from .load import Pretrained, load_pretrained

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,9 +99,7 @@ def their_tensors(leaves: Mapping[str, list[Piece]], params: Any) -> Iterator[Te
     for name, parts in sources.items():
         path, piece = parts[0]
         shape, dtype = piece.shape(tuple(flat[path].shape)), np.dtype(flat[path].dtype)
-        yield Tensor(
-            name, shape, dtype, lambda parts=parts, shape=shape, dtype=dtype: _make(parts, flat, shape, dtype)
-        )
+        yield Tensor(name, shape, dtype, partial(_make, parts, flat, shape, dtype))
 
 
 def _make(

@@ -30,7 +30,7 @@ from .mapping import place
 from .match import Matched, match
 from .settings import Settings
 
-OWN = "own"
+OWN: Literal["own"] = "own"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def load_pretrained(
     precision = Precision(param=dtype, compute=compute or dtype)
     precision.require_available()
     config = replace(config, scan=scan, vocab_multiple=vocab_multiple, precision=precision)
-    model = Transformer(config, own if head == OWN else head)  # type: ignore[arg-type]
+    model = Transformer(config, own if head == OWN else head)
     abstract = abstract_parameters(model)
     matched = _match(files, family, model, own, flatten_dict(abstract, sep="/"))
     shardings = flatten_dict((layout or Layout.single()).parameters(abstract, model.axes), sep="/")

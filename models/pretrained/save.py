@@ -146,7 +146,7 @@ def _write(folder: Path, tensors: Sequence[Tensor], max_shard_bytes: int) -> Non
     if len(shards) == 1:
         write_file(folder / SINGLE, shards[0])
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_file(folder / file, shard)
