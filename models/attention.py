@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from .. import InputError
 from .cache import COLLECTION, KeyValues, Slots
 from .hooks import Hook
-from .kernels import Bias, Mask, Window, attention
+from .kernels import Bias, Joined, Mask, Window, attention, decode_attention
 
 if TYPE_CHECKING:
     from .config import TransformerConfig
@@ -131,7 +132,7 @@ class AttentionModule(nn.Module):
             return stored.read()
         key, value = (self._project(memory, name, self.choice.groups) for name in ("key", "value"))
         if slots is not None:
-            self.put_variable(COLLECTION, "entries", KeyValues.of(key, value))
+            self.put_variable(COLLECTION, "entries", KeyValues.of(key, value, slots.joined))
         return key, value
 
     def _remember(self, key: jax.Array, value: jax.Array, slots: Slots | None) -> tuple[jax.Array, jax.Array]:
@@ -153,15 +154,15 @@ class AttentionModule(nn.Module):
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, bias: Bias | None
     ) -> jax.Array:
-        """Weighted values `[B, T, H, K]` of `query [B, T, H, K]`, `key` and `value` `[B, S, G, K]`."""
+        """Weighted values `[B, T, H, K]` of `query [B, T, H, K]`, `key` and `value` `[B, S, G, K]`.
+
+        A cache may hand out keys and values in a form of its own, which is also taken for such an array.
+        """
         choice = self.choice
+        scale, cap = choice.scale or None, choice.soft_cap or None
+        if isinstance(key, Joined) and isinstance(value, Joined):
+            return decode_attention(query, key, value, mask=mask, bias=bias, scale=scale, soft_cap=cap)
+        key, value = jnp.asarray(key), jnp.asarray(value)
         return attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            bias=bias,
-            scale=choice.scale or None,
-            soft_cap=choice.soft_cap or None,
-            impl=choice.implementation,
+            query, key, value, mask=mask, bias=bias, scale=scale, soft_cap=cap, impl=choice.implementation
         )

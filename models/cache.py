@@ -21,25 +21,35 @@ from flax import struct
 from jax import lax
 
 from .. import InputError
+from .kernels import Joined
 
 COLLECTION = "cache"
+LENGTH = -2  # the axis over slots, in either form
 
 
 @struct.dataclass
 class KeyValues:
-    """Keys and values of one attention layer, both `[B, G, S, K]`: their products read that in order."""
+    """Keys and values of one attention layer, both `[B, G, S, K]`, or on a CPU `Joined` `[B·G, S, K]`."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array | Joined
+    values: jax.Array | Joined
 
     @classmethod
-    def of(cls, key: jax.Array, value: jax.Array) -> KeyValues:
+    def of(cls, key: jax.Array, value: jax.Array, joined: bool) -> KeyValues:
         """Those of `key` and `value` `[B, S, G, K]`."""
+        if joined:
+            return cls(Joined.of(key), Joined.of(value))
         return cls(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
 
-    def read(self) -> tuple[jax.Array, jax.Array]:
+    def read(self) -> tuple[Any, Any]:
         """Both as attention takes them, `[B, S, G, K]`."""
-        return jnp.swapaxes(self.keys, 1, 2), jnp.swapaxes(self.values, 1, 2)
+        both = self.keys, self.values
+        key, value = (x if isinstance(x, Joined) else jnp.swapaxes(x, 1, 2) for x in both)
+        return key, value
+
+    def rows(self, indices: jax.Array) -> KeyValues:
+        """Those of the batch rows at `indices`."""
+        return KeyValues(*(_take_rows(x, indices) for x in (self.keys, self.values)))
 
 
 @struct.dataclass
@@ -48,22 +58,25 @@ class Slots:
 
     start: int | jax.Array
     capacity: int = struct.field(pytree_node=False)
+    joined: bool = struct.field(pytree_node=False)
 
     def append(
         self, stored: KeyValues | None, key: jax.Array, value: jax.Array
-    ) -> tuple[KeyValues, jax.Array, jax.Array]:
+    ) -> tuple[KeyValues, Any, Any]:
         """The layer's new entries, and the keys and values `[B, S, G, K]` that the call's queries look at.
 
         The first call looks at its own T tokens only, later ones at all slots.
         """
-        new = KeyValues.of(key, value)
+        new = KeyValues.of(key, value, self.joined)
         if stored is None:
-            return jax.tree.map(lambda x: _grown(x, 2, self.capacity), new), key, value
+            return jax.tree.map(lambda x: _grown(x, LENGTH, self.capacity), new), key, value
         start = jnp.asarray(self.start, jnp.int32)
         entries = jax.tree.map(
-            lambda old, x: lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, 2), stored, new
+            lambda old, x: lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, x.ndim + LENGTH),
+            stored,
+            new,
         )
-        return entries, *(x.astype(key.dtype) for x in entries.read())
+        return entries, *entries.read()
 
 
 @struct.dataclass
@@ -80,13 +93,18 @@ class Cache:
     positions: Any
     length: int | jax.Array
     memory_segments: jax.Array | None = None
+    joined: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def empty(cls, batch: int, capacity: int) -> Cache:
-        """A cache without tokens, with room for `capacity` in each of `batch` rows."""
+    def empty(cls, batch: int, capacity: int, *, joined: bool | None = None) -> Cache:
+        """A cache without tokens, with room for `capacity` in each of `batch` rows.
+
+        `joined` keeps batch and heads as one axis; None means on CPUs. Over a mesh they must stay two.
+        """
         if capacity < 1:
             raise InputError(f"a cache has capacity={capacity}; at least 1 is valid")
-        return cls({}, jnp.zeros((batch, capacity), jnp.int32), None, 0)
+        joined = jax.default_backend() == "cpu" if joined is None else joined
+        return cls({}, jnp.zeros((batch, capacity), jnp.int32), None, 0, joined=joined)
 
     @property
     def capacity(self) -> int:
@@ -120,7 +138,13 @@ class Cache:
 
     def rows(self, indices: jax.Array) -> Cache:
         """The cache whose row i is row `indices[i]` of this one."""
-        return jax.tree.map(lambda x: x if jnp.ndim(x) == 0 else jnp.take(x, indices, axis=0), self)
+        entries = jax.tree.map(
+            lambda entry: entry.rows(indices), self.entries, is_leaf=lambda x: isinstance(x, KeyValues)
+        )
+        others = jax.tree.map(
+            lambda x: x if jnp.ndim(x) == 0 else jnp.take(x, indices, axis=0), replace(self, entries={})
+        )
+        return replace(others, entries=entries)
 
     def repeat(self, times: int) -> Cache:
         """Each row `times` times, one after another."""
@@ -131,3 +155,11 @@ def _grown(x: jax.Array, axis: int, size: int) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths)
+
+
+def _take_rows(x: jax.Array | Joined, indices: jax.Array) -> jax.Array | Joined:
+    if not isinstance(x, Joined):
+        return jnp.take(x, indices, axis=0)
+    split = x.array.reshape(-1, x.groups, *x.array.shape[1:])
+    taken = jnp.take(split, indices, axis=0)
+    return Joined(taken.reshape(-1, *x.array.shape[1:]), x.groups)

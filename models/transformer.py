@@ -262,7 +262,7 @@ class Place:
             raise InputError("an encoder sees its whole input at once and has no use for a cache")
         segments = jnp.ones_like(tokens) if segments is None else segments
         positions = cache.next_positions(segments) if positions is None else positions
-        start, slots = cache.length, Slots(cache.length, cache.capacity)
+        start, slots = cache.length, Slots(cache.length, cache.capacity, cache.joined)
         grown = cache.extended(segments, positions)
         seen = (segments, positions) if cache.fresh else (grown.segments, grown.positions)
         mask = mask if mask is not None else Causal(start)

@@ -56,7 +56,8 @@ def read_prompt(
     model: Transformer, params: Params, prompt: Prompt, capacity: int, layout: Layout | None
 ) -> tuple[jax.Array, Memory]:
     """Logits `[B, V]` of the token after the prompt, and the memory of the prompt."""
-    cache = Cache.empty(prompt.tokens.shape[0], capacity)
+    split = layout is not None and layout.mesh.size > 1
+    cache = Cache.empty(prompt.tokens.shape[0], capacity, joined=False if split else None)
     if prompt.source is None:
         given = {"positions": prompt.positions, "mask": prompt.mask, "segments": prompt.segments}
         if prompt.token_types is not None:

@@ -9,6 +9,7 @@ arrays inside `shard_map`.
 
 from .biases import ALiBi, Bias, Bucketed, alibi_slopes
 from .biases import Dense as DenseBias
+from .decode import Joined, decode_attention
 from .flags import Keys, Queries
 from .front import attention, attention_probabilities
 from .masks import And, Causal, Dense, Full, Lengths, Mask, Not, Or, Prefix, Segments, Window
@@ -26,6 +27,7 @@ __all__ = [
     "DenseBias",
     "Full",
     "Implementation",
+    "Joined",
     "Keys",
     "Lengths",
     "Mask",
@@ -40,5 +42,6 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "attention_probabilities",
+    "decode_attention",
     "implementations",
 ]

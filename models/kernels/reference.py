@@ -51,9 +51,14 @@ def attention_scores(
     dtype = accumulation_dtype(q.dtype)
     scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, preferred_element_type=dtype)
     scores = scores.reshape(batch, heads, queries, keys) * scale
-    rows, columns = Span(0, queries), Span(0, keys)
+    return masked_scores(scores, mask, bias, soft_cap)
+
+
+def masked_scores(scores: Array, mask: Mask, bias: Bias | None, soft_cap: float | None) -> Array:
+    """Scaled scores `[B, H, T, S]` with bias and soft cap, -inf where masked."""
+    rows, columns = Span(0, scores.shape[2]), Span(0, scores.shape[3])
     if bias is not None:
-        scores = scores + bias.tile(rows, columns).astype(dtype)
+        scores = scores + bias.tile(rows, columns).astype(scores.dtype)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     return jnp.where(mask.predicate(rows, columns), scores, -jnp.inf)

@@ -46,12 +46,12 @@ SEGMENTS = jnp.asarray((np.arange(10) >= np.array([[0], [2], [3]])).astype(np.in
 POSITIONS = jnp.maximum(jnp.cumsum(SEGMENTS, 1) - 1, 0)
 
 
-def decoded(model, params, prompt: int) -> jax.Array:
+def decoded(model, params, prompt: int, joined: bool | None = None) -> jax.Array:
     """Logits `[B, T, V]` from a prompt of that many columns and then one token at a time."""
     step = jax.jit(lambda cache, token: model.apply(params, token, cache=cache))
     logits, cache = jax.jit(
         lambda tokens, segments: model.apply(
-            params, tokens, segments=segments, cache=Cache.empty(len(tokens), 12)
+            params, tokens, segments=segments, cache=Cache.empty(len(tokens), 12, joined=joined)
         )
     )(TOKENS[:, :prompt], SEGMENTS[:, :prompt])
     parts = [logits]
@@ -62,13 +62,13 @@ def decoded(model, params, prompt: int) -> jax.Array:
     return jnp.concatenate(parts, 1)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_decoding_gives_the_logits_of_one_pass(name, random_parameters):
+@pytest.mark.parametrize("name, joined", [*((name, True) for name in CONFIGS), ("window", False)])
+def test_decoding_gives_the_logits_of_one_pass(name, joined, random_parameters):
     model = Transformer(CONFIGS[name])
     params = random_parameters(model, TOKENS)
     whole = model.apply(params, TOKENS, segments=SEGMENTS, positions=POSITIONS)
     real = np.asarray(SEGMENTS) > 0
-    np.testing.assert_allclose(decoded(model, params, 5)[real], whole[real], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(decoded(model, params, 5, joined)[real], whole[real], rtol=2e-5, atol=2e-5)
 
 
 def test_padding_of_the_prompt_changes_nothing(random_parameters):
@@ -103,10 +103,11 @@ def test_only_the_last_column_reaches_the_head(random_parameters):
     np.testing.assert_allclose(last, model.apply(params, TOKENS)[:, -1:], rtol=1e-5, atol=1e-5)
 
 
-def test_rows_can_be_reordered_and_repeated(random_parameters):
+@pytest.mark.parametrize("joined", [True, False])
+def test_rows_can_be_reordered_and_repeated(joined, random_parameters):
     model = Transformer(SMALL)
     params = random_parameters(model, TOKENS)
-    _, cache = model.apply(params, TOKENS[:, :4], cache=Cache.empty(3, 8))
+    _, cache = model.apply(params, TOKENS[:, :4], cache=Cache.empty(3, 8, joined=joined))
     order = jnp.array([2, 0, 0, 1])
     logits, _ = model.apply(params, TOKENS[order, 4:5], cache=cache.rows(order))
     plain, _ = model.apply(params, TOKENS[:, 4:5], cache=cache)
@@ -121,7 +122,7 @@ def test_activations_can_be_read_while_decoding(random_parameters):
         model, params, TOKENS[:, :4], cache=Cache.empty(3, 8), names=["mlp/act"]
     )
     assert seen["layers_1/mlp/act"].shape == (3, 4, 32)
-    assert cache.entries["layers_1"]["attention"]["entries"].keys.shape == (3, 2, 8, 4)
+    assert cache.entries["layers_1"]["attention"]["entries"].keys.shape == (3, 8, 2, 4)
     assert logits.shape == (3, 4, 37)
 
 
