@@ -132,7 +132,7 @@ def test_packing_puts_samples_where_they_fit_best(bee):
 
 
 def test_masks_and_groups_of_a_packed_row(bee):
-    """Pair by pair: what is given is seen, examples see themselves, a task its examples, none another span."""
+    """Pair by pair: given text is seen, examples see themselves, a task its examples, none another span."""
     one = encode(A, bee, examples=[{"input": "a", "<ans>": "好"}, {"input": "好", "<ans>": "a"}])
     two = encode(B, bee)
     batch = pack([one, two], bee, length=len(one) + len(two) + 3)
