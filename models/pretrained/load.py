@@ -84,6 +84,7 @@ def load_pretrained(
     settings = Settings(files.settings, ignore, files.names)
     family = registry.family(settings.take("model_type"))
     name = architecture or _architecture(files.settings, family)
+    settings.values["architectures"] = [name]  # T5's encoder alone has another configuration
     own, config = family.head(name, settings), family.read(settings)
     settings.finish(family.name)
     precision = Precision(param=dtype, compute=compute or dtype)

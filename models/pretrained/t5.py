@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ... import InputError
 from .. import MLP, GatedMLP, GroupedQuery, PreNorm, RelativeBuckets, RMSNorm, TransformerConfig
 from ..heads import Head, LanguageModelHead
+from ..model import Params
+from ..transformer import Transformer
 from .family import ACTIVATIONS, Family, choice, their_activation
 from .mapping import Entry, Rows, Transposed, linear, norm
 from .settings import Settings
@@ -133,6 +136,17 @@ def _stack(config: TransformerConfig, theirs: str, ours: str, depth: int) -> Ite
         names = {"wi_0": "gate", "wi_1": "up"} if isinstance(config.mlp, GatedMLP) else {"wi": "up"}
         for name, own in {**names, "wo": "down"}.items():
             yield from linear(f"{block}.{last}.DenseReluDense.{name}", f"{layer}/mlp/{own}", bias=False)
+
+
+def encoder_of(model: Transformer, params: Params) -> tuple[Transformer, Params]:
+    """The encoder of an encoder-decoder, as a model of its own that ends in hidden states `[B, T, D]`.
+
+    The parameters are the same arrays. Raises `InputError` for a model of another kind.
+    """
+    if model.config.kind != "encoder-decoder":
+        raise InputError(f"encoder_of needs an encoder-decoder, not a {model.config.kind}")
+    config = replace(model.config, kind="encoder", decoder_layers=0, tied=True)
+    return Transformer(config, None), {"embedding": params["embedding"], **params["encoder"]}
 
 
 def _attention(theirs: str, ours: str) -> Iterator[Entry]:
