@@ -117,8 +117,9 @@ def _match(
     leaves = place(family.entries(config, model.head), config)
     stray = [path for path in leaves if path not in abstract]
     assert not stray, f"entries of {family.name} name leaves that the model has not: {listed(stray)}"
-    headless = Transformer(config, model.head if model.head == own else None)
-    fixed = flatten_dict(abstract_parameters(headless), sep="/")
+    fixed = abstract
+    if model.head != own:
+        fixed = flatten_dict(abstract_parameters(Transformer(config, None)), sep="/")
     return match(files, family, leaves, family.entries(config, own), abstract, fixed)
 
 
