@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modicum.models.generation import generate
+from modicum.models.generation import Sampling, generate
 
 GAP = 1e-4
 
@@ -55,7 +55,7 @@ def agree(ours, theirs, gaps):
     return len(ours) == len(theirs), 0
 
 
-def peer_greedy(theirs, prompts, new, pad, start=None):
+def peer_greedy(theirs, prompts, new, pad, start=None, penalty=1.0):
     """What transformers' `generate(do_sample=False)` adds to left-padded prompts, and the top two's gaps."""
     import torch
 
@@ -76,19 +76,21 @@ def peer_greedy(theirs, prompts, new, pad, start=None):
             eos_token_id=None,
             pad_token_id=pad,
             return_dict_in_generate=True,
-            output_logits=True,
+            repetition_penalty=penalty,
+            output_scores=True,
             **options,
         )
     tokens = out.sequences[:, 1 if start is not None else width :].numpy()
-    top = torch.stack(out.logits, 1).topk(2).values.numpy()
+    top = torch.stack(out.scores, 1).topk(2).values.numpy()
     return tokens, top[..., 0] - top[..., 1]
 
 
-def assert_greedy_equal(model, params, theirs, prompts, new=64, pad=0, start=None):
+def assert_greedy_equal(model, params, theirs, prompts, new=64, pad=0, start=None, penalty=1.0):
     """Our greedy continuations of all prompts in one batch are transformers'; returns how many near ties."""
     options = {} if start is None else {"decoder_tokens": start}
-    ours = generate(model, params, prompts, max_new_tokens=new, **options)
-    tokens, gaps = peer_greedy(theirs, prompts, new, pad, start)
+    sampling = Sampling(temperature=0.0, repetition_penalty=penalty)
+    ours = generate(model, params, prompts, max_new_tokens=new, sampling=sampling, **options)
+    tokens, gaps = peer_greedy(theirs, prompts, new, pad, start, penalty)
     ties = 0
     for row in range(len(prompts)):
         same, tie = agree(ours.tokens[row], tokens[row], gaps[row])

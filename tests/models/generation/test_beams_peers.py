@@ -24,7 +24,7 @@ def neighbour(name):
 peers = neighbour("tiny_peers")
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama", "t5-v1.0"])
+@pytest.fixture(scope="module", params=["gpt2", "llama", "t5-v1.1"])
 def pair(request, tmp_path_factory):
     """One model: transformers' and ours, read from its files."""
     return peers.pair(request.param, tmp_path_factory.mktemp(request.param))
@@ -43,7 +43,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_beam_search_agrees(pair, case):
     theirs, model, params, start = pair
-    texts, stop = peers.prompts(9, 4, 13), list(range(2, 20))
+    texts, stop = peers.prompts(9, 4, 13), list(range(2, 35))
     width, new = 13, 8
     ids = np.zeros((3, width), int)
     for row, text in enumerate(texts):
@@ -75,6 +75,8 @@ def test_beam_search_agrees(pair, case):
         pad_token=2,  # what transformers fills with: its pad token 0 counts as none there
         **options,
     )
-    assert got.lengths.min() < new, "no hypothesis ended early: the case shows little"
+    assert case["length_penalty"] > 1 or got.lengths.min() < new, (
+        "no hypothesis ended early: the case shows little"
+    )
     np.testing.assert_array_equal(got.tokens.reshape(6, -1), theirs_tokens)
     np.testing.assert_allclose(got.scores.reshape(-1), out.sequences_scores.numpy(), rtol=2e-4, atol=2e-5)

@@ -27,11 +27,17 @@ def pair(request, tmp_path_factory):
     return peers.pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_greedy_continuations_agree_for_64_tokens(pair, record_property):
+@pytest.mark.parametrize("penalty", [1.0, 4.0])
+def test_greedy_continuations_agree_for_64_tokens(pair, penalty, record_property):
+    """With a repetition penalty too: random models repeat themselves, which would hide much."""
     theirs, model, params, start = pair
-    ties = oracle.assert_greedy_equal(model, params, theirs, peers.prompts(9, 4, 23, 1), 64, 0, start)
+    texts = peers.prompts(9, 4, 23, 1)
+    ties = oracle.assert_greedy_equal(model, params, theirs, texts, 64, 0, start, penalty)
     record_property("near ties", ties)
     assert ties == 0
+    if penalty > 1:
+        tokens, _ = oracle.peer_greedy(theirs, texts, 64, 0, start, penalty)
+        assert min(len(set(row.tolist())) for row in tokens) > 15, "the texts repeat: the test shows little"
 
 
 def test_the_oracle_notices_a_difference(pair):

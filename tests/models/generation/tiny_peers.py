@@ -45,7 +45,8 @@ def make(name):
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.25 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
+            spread = 0.125 if parameter.shape[0] == VOCAB else 0.375
+            parameter.copy_(spread * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
     return model.eval()
 
 
@@ -56,7 +57,7 @@ def prompts(*lengths):
 
 
 def pair(name, folder):
-    """One model, transformers' and ours read from its files: (theirs, model, params, decoder start or None)."""
+    """One model, transformers' and ours read from its files: (theirs, model, params, start of decoder)."""
     from modicum.models.pretrained import load_pretrained
 
     theirs = make(name)
