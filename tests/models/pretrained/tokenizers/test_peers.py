@@ -91,13 +91,22 @@ def test_sentencepiece_of_llama(llama_folder, hard_texts):
     compare(llama_folder, theirs, [text for text in hard_texts if not text.startswith(" ")])
 
 
-@pytest.mark.parametrize("source", ["pairs_folder", "pieces_folder"])
+SAVED = {
+    "pairs_folder": "RobertaTokenizer",
+    "pieces_folder": "BertTokenizer",
+    "t5_folder": "T5Tokenizer",
+    "llama_folder": "LlamaTokenizer",
+}
+
+
+@pytest.mark.parametrize("source", SAVED)
 def test_tokenizer_json_that_they_save(source, hard_texts, tmp_path, request):
-    kind, name = ("BertTokenizer", "bert") if source == "pieces_folder" else ("RobertaTokenizer", "roberta")
-    theirs = getattr(transformers, kind).from_pretrained(request.getfixturevalue(source))
-    theirs.save_pretrained(tmp_path / name)
-    assert (tmp_path / name / "tokenizer.json").is_file()
-    compare(tmp_path / name, theirs, hard_texts)
+    options = {"add_bos_token": True} if source == "llama_folder" else {}
+    kind = getattr(transformers, SAVED[source])
+    theirs = kind.from_pretrained(request.getfixturevalue(source), **options)
+    theirs.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    compare(tmp_path / "saved", theirs, hard_texts)
 
 
 def test_bos_that_only_the_settings_ask_for(pairs_folder, hard_texts, tmp_path):
