@@ -131,9 +131,10 @@ class TransformerConfig:
         """A dense layer with a kernel `[in, features]` in this configuration's precision.
 
         Kernels that write to the residual stream start smaller, by 1 / sqrt(2 L), so that its variance
-        does not grow with depth (Radford et al., GPT-2, 2019, section 2.3).
+        does not grow with depth (Radford et al., GPT-2, 2019, section 2.3). Scaled ones all start at 1.
         """
         std = self.initial_std / (np.sqrt(2 * self.layers) if residual else 1.0)
+        std = 1.0 if self.scaled_linears else std
         return nn.Dense(
             features,
             use_bias=bias,

@@ -49,7 +49,7 @@ class SegmentRelations(Positions):
 
     def bias(self, heads: int, bidirectional: bool, precision: Precision, std: float) -> nn.Module:
         """Holds the table of distances and pairs of kinds."""
-        return RelationsModule(self, self.kinds**2, heads, precision, std, name="relative_bias")
+        return RelationsModule(self, self.kinds**2, heads, precision, name="relative_bias")
 
     def advance(self, positions: Any) -> SegmentPositions:
         """The next index, in the segment of the last token."""
@@ -126,7 +126,7 @@ class TreeRelations(Positions):
 
     def bias(self, heads: int, bidirectional: bool, precision: Precision, std: float) -> nn.Module:
         """Holds the table of distances and relations."""
-        return RelationsModule(self, self.relations, heads, precision, std, name="relative_bias")
+        return RelationsModule(self, self.relations, heads, precision, name="relative_bias")
 
     def advance(self, positions: Any) -> TreePositions:
         """The next index, in the node of the last token; its word is the first of its name."""
@@ -174,16 +174,18 @@ class KindsModule(nn.Module):
 
 
 class RelationsModule(nn.Module):
-    """Holds the table of distances and `more` relations and hands it to the attention kernels."""
+    """Holds the table of distances and `more` relations and hands it to the attention kernels.
+
+    It starts from variance 1, as upstream.
+    """
 
     choice: SegmentRelations | TreeRelations
     more: int
     heads: int
     precision: Precision
-    std: float
 
     @nn.compact
     def __call__(self, queries: Any, keys: Any, offset: int | jax.Array) -> Bias:
         shape, dtype = (self.choice.buckets + self.more, self.heads), jnp.dtype(self.precision.param)
-        table = self.param("table", nn.initializers.normal(self.std), shape, dtype)
+        table = self.param("table", nn.initializers.normal(1.0), shape, dtype)
         return self.choice.relate(table, queries, keys)
