@@ -11,33 +11,30 @@ from statistics import median
 from ...research.study.environment import describe_environment
 from ...research.study.runs import write_atomically
 from ...research.study.tables import Cell, Table
-from .generation import LABELS, Seen
+from .generation import Seen
 
 
 def rates_table(seen: Seen) -> Table:
-    """Tokens a second of prefill and decoding, beside ours, and against the memory's rate."""
-    compared = any(name == "ours" for name, _ in seen.rounds)
-    rows: list[tuple[Cell, ...]] = []
-    for key in sorted(seen.rounds, key=lambda key: (key[1], key[0])):
-        name, batch = key
-        ratios = [seen.advantage(key, what) if compared else None for what in ("first", "token")]
-        rows.append(
-            (
-                batch,
-                LABELS[name],
-                batch * seen.job.prompt / seen.seconds(key, "first"),
-                batch / seen.seconds(key, "token"),
-                *ratios,
-                round(100 * seen.of_bound(key), 1),
-            )
+    """Tokens a second of prefill and decoding, beside the first entrant, and against the memory's rate."""
+    rows: list[tuple[Cell, ...]] = [
+        (
+            key[1],
+            key[0],
+            key[1] * seen.job.prompt / seen.seconds(key, "first"),
+            key[1] / seen.seconds(key, "token"),
+            *(seen.advantage(key, what) for what in ("first", "token")),
+            round(100 * seen.of_bound(key), 1),
         )
+        for key in sorted(seen.rounds, key=lambda key: key[1])
+    ]
+    first = next(iter(seen.entrants))
     columns = (
         "batch",
         "generation",
         "prefill tokens/s",
         "decode tokens/s",
-        "prefill time / ours",
-        "decode time / ours",
+        f"prefill time / {first}",
+        f"decode time / {first}",
         "% of the bound",
     )
     return Table(columns, tuple(rows), "Greedy generation, medians over the rounds")
@@ -46,10 +43,10 @@ def rates_table(seen: Seen) -> Table:
 def memory_table(seen: Seen) -> Table:
     """How fast a large matrix-vector product reads the memory, and what that allows."""
     rows: list[tuple[Cell, ...]] = [
-        (LABELS[name], median(rates) / 1e9, median(rates) / seen.weights)
-        for name, rates in seen.reads.items()
+        (label, median(rates) / 1e9, seen.entrants[label].weights / 1e6)
+        for label, rates in seen.reads.items()
     ]
-    columns = ("matrix times vector", "GB/s", "steps/s if weights were all")
+    columns = ("matrix times vector", "GB/s", "weights of a token, MB")
     return Table(columns, tuple(rows), "Reading a float32 matrix of 512 MiB, medians over the rounds")
 
 
@@ -63,8 +60,7 @@ def summary(seen: Seen) -> str:
     job, (before, after) = seen.job, seen.load
     equal = "; ".join(f"batch {batch}: {100 * share:.1f} %" for batch, share in seen.equal.items())
     text = (
-        f"Prompts of {job.prompt} random tokens, {job.new} more tokens decoded, float32; "
-        f"{seen.weights / 1e6:.1f} MB of weights a token.\n"
+        f"Prompts of {job.prompt} random tokens, {job.new} more tokens decoded after the first, float32.\n"
         f"{'; '.join(f'{name}: {version}' for name, version in seen.versions.items())}.\n"
         f"{os.cpu_count()} processors; load {before:.1f} before, {after:.1f} after.\n"
         + (f"Equal tokens: {equal}.\n" if equal else "")
@@ -78,10 +74,10 @@ def write(seen: Seen, folder: Path) -> None:
     for name, table in tables(seen).items():
         table.write(folder, name)
     record = {
-        "job": dataclasses.asdict(seen.job),
-        "weight_bytes": seen.weights,
+        "entrants": {label: dataclasses.asdict(entrant) for label, entrant in seen.entrants.items()},
         "rounds": [
-            {"contender": name, "batch": batch, "rounds": r} for (name, batch), r in seen.rounds.items()
+            {"label": label, "batch": batch, "rounds": rounds}
+            for (label, batch), rounds in seen.rounds.items()
         ],
         "reads": seen.reads,
         "equal": seen.equal,

@@ -83,6 +83,8 @@ class GenerateBench:
     """Turns of each contender."""
     contenders: tuple[Literal["ours", "transformers"], ...] = ("ours", "transformers")
     """Who takes part."""
+    kv_heads: tuple[int, ...] = ()
+    """Instead: ours on random LLaMA-shaped models of GPT-2 small's size with so many key/value heads."""
     threads: int = 0
     """Processors for each contender; 0: all."""
     out: Path | None = None
@@ -90,20 +92,21 @@ class GenerateBench:
 
     def run(self) -> int:
         """Print the tables."""
-        from ..bench.generation import measure_generation
+        from ..bench.checkpoints import grouped, peers
+        from ..bench.generation import measure_generation, require_peers
         from ..bench.generation_report import summary, write
 
         require_folder(self.out)
-        seen = measure_generation(
-            self.model,
-            batches=self.batch,
-            prompt=self.prompt,
-            new=self.new,
-            rounds=self.rounds,
-            contenders=self.contenders,
-            threads=self.threads,
-            report=say,
-        )
+        lengths = self.prompt, self.new
+        if self.kv_heads:
+            entering = grouped(self.kv_heads, *lengths)
+        else:
+            require_peers(self.contenders)
+            entering = peers(self.model, self.contenders, *lengths)
+        with entering as entrants:
+            seen = measure_generation(
+                entrants, batches=self.batch, rounds=self.rounds, threads=self.threads, report=say
+            )
         print(summary(seen))
         if self.out is not None:
             write(seen, self.out)

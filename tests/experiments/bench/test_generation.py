@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from modicum import InputError
-from modicum.experiments.bench.generation import Seen, weight_bytes
+from modicum.experiments.bench.checkpoints import weight_bytes
+from modicum.experiments.bench.generation import Entrant, Seen
 from modicum.experiments.bench.generation_job import GenerationJob
 from modicum.experiments.bench.generation_report import rates_table
 from modicum.experiments.commands.bench import GenerateBench
@@ -34,7 +35,7 @@ def test_ours_alone_needs_no_peers(checkpoint, capsys, tmp_path):
     assert "Modicum" in capsys.readouterr().out
     record = json.loads((tmp_path / "generate.json").read_text())
     assert {one["batch"] for one in record["rounds"]} == {1, 2}
-    assert all(round["first"] > 0 for one in record["rounds"] for round in one["rounds"])
+    assert all(each["first"] > 0 for one in record["rounds"] for each in one["rounds"])
     assert (tmp_path / "generation.csv").read_text().startswith("batch,generation,prefill tokens/s")
 
 
@@ -49,10 +50,11 @@ def test_both_generate_the_same_tokens(checkpoint, tmp_path):
 
 
 def test_rates_are_medians_and_ratios_of_rounds():
-    seconds = {"ours": (1.0, 2.0, 8.0), "transformers": (3.0, 4.0, 4.0)}
+    seconds = {"Modicum": (1.0, 2.0, 8.0), "transformers": (3.0, 4.0, 4.0)}
     rounds = {(name, 2): [{"first": 10 * s, "token": s} for s in each] for name, each in seconds.items()}
     job = GenerationJob("folder", 50, prompt=5, new=4)
-    seen = Seen(job, weights=100, rounds=rounds, reads={"ours": [150.0, 200.0, 250.0]}, load=[0.0, 0.0])
+    entrants = {name: Entrant("ours", job, weights=100) for name in seconds}
+    seen = Seen(entrants, rounds=rounds, reads={"Modicum": [150.0, 200.0, 250.0]}, load=[0.0, 0.0])
     ours, theirs = rates_table(seen).rows
     assert ours == (2, "Modicum", 2 * 5 / 20.0, 2 / 2.0, 1.0, 1.0, 25.0)  # 100 bytes in 2 s of 200 a second
     assert theirs[2:] == (2 * 5 / 40.0, 2 / 4.0, 2.0, 2.0, 12.5)
