@@ -27,7 +27,7 @@ from .container import CODES, Tensor, write_file
 from .family import Family
 from .files import CONFIG, INDEX, SINGLE, listed
 from .mapping import place
-from .settings import Settings
+from .settings import GENERIC, Settings
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -94,8 +94,10 @@ def _settings(
     """
     kind = np.dtype(jax.tree.leaves(params)[0].dtype).name
     own = {"architectures": [name], "model_type": family.name, "dtype": kind, "torch_dtype": kind}
-    values = {**carried, **_labels(model, carried), **own}
-    if carried.get("model_type") == family.name and not _differences(family, name, model, values):
+    same = carried.get("model_type") == family.name
+    kept = {key: value for key, value in carried.items() if same or key in GENERIC}
+    values = {**kept, **_labels(model, carried), **own}
+    if same and not _differences(family, name, model, values):
         return values
     values |= family.write(model.config, name)
     wrong = _differences(family, name, model, values)
@@ -161,6 +163,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside, which takes the folder's place at the end, or vanishes after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process of this number that was killed
     temporary.mkdir()
     try:
         yield temporary

@@ -15,7 +15,10 @@ transformers = pytest.importorskip("transformers")
 from modicum.models import run_with_cache  # noqa: E402
 from modicum.models.pretrained import Pretrained, load_pretrained, save_pretrained  # noqa: E402
 from modicum.models.pretrained.alike import described  # noqa: E402
+from modicum.models.pretrained.assemble import their_tensors  # noqa: E402
 from modicum.models.pretrained.files import TensorFiles  # noqa: E402
+from modicum.models.pretrained.mapping import place  # noqa: E402
+from modicum.models.pretrained.registry import family  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
@@ -140,6 +143,30 @@ def check_the_way_back(tmp_path, pretrained, model, inputs, expected):
     assert described(load_pretrained(tmp_path / "anew").model.config) == described(pretrained.model.config)
     gap = np.abs(oracle_on(tmp_path / "anew", model, inputs) - expected).max()
     assert gap <= 1e-6 * np.abs(expected).max(), gap
+
+
+def compare_gradients(tmp_path, model, ids) -> float:
+    """The language-model loss's gradients, ours mapped through the entries of the parameters, and PyTorch's.
+
+    Returns the largest difference, of the largest gradient of the same tensor.
+    """
+    model.save_pretrained(tmp_path)
+    given = torch.as_tensor(ids)
+    model(given, labels=given).loss.backward()
+    expected = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    pretrained = load_pretrained(tmp_path)
+
+    def loss(params):
+        log = jax.nn.log_softmax(pretrained.model.apply(params, ids)[:, :-1])
+        return -jax.numpy.take_along_axis(log, ids[:, 1:, None], -1).mean()
+
+    grads = jax.jit(jax.grad(loss))(pretrained.params)
+    entries = family(pretrained.settings["model_type"]).entries(
+        pretrained.model.config, pretrained.model.head
+    )
+    found = {t.name: t.make() for t in their_tensors(place(entries, pretrained.model.config), grads)}
+    assert found.keys() == expected.keys()
+    return max(np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max() for name in found)
 
 
 def oracle_on(folder, model, inputs):

@@ -1,17 +1,11 @@
 """GPT-2 against `transformers`: logits, hidden states, gradients, and out again."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
 from modicum import InputError
-from modicum.models import LanguageModelHead
 from modicum.models.pretrained import load_pretrained
-from modicum.models.pretrained.assemble import their_tensors
-from modicum.models.pretrained.gpt2 import entries
-from modicum.models.pretrained.mapping import place
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
 
@@ -71,28 +65,20 @@ def test_scanned_and_padded_models_compute_the_same(oracle, tmp_path, options):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_of_the_language_model_loss(oracle, tmp_path, tied):
-    """Ours, mapped through the same entries as the parameters, are PyTorch's."""
-    model, ids = gpt2(oracle, tie_word_embeddings=tied), oracle.tokens(97)
-    model.save_pretrained(tmp_path)
-    given = oracle.torch.as_tensor(ids)
-    model(given, labels=given).loss.backward()
-    expected = {name: p.grad.numpy() for name, p in model.named_parameters()}
-
-    pretrained = load_pretrained(tmp_path)
-    config = pretrained.model.config
-
-    def loss(params):
-        log = jax.nn.log_softmax(pretrained.model.apply(params, ids)[:, :-1])
-        return -jnp.take_along_axis(log, ids[:, 1:, None], -1).mean()
-
-    grads = jax.jit(jax.grad(loss))(pretrained.params)
-    found = {
-        t.name: t.make() for t in their_tensors(place(entries(config, LanguageModelHead()), config), grads)
-    }
-    assert found.keys() == expected.keys() and len(found) == 3 * 12 + 4 + (not tied)
-    worst = max(np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max() for name in found)
+    worst = oracle.compare_gradients(tmp_path, gpt2(oracle, tie_word_embeddings=tied), oracle.tokens(97))
     print(f"gradients, tied={tied}: largest difference {worst:.1e} of a tensor's largest gradient")
     assert worst <= 1e-4
+
+
+@pytest.mark.parametrize("option", ["unscaled", "divided by layer"])
+def test_these_options_matter(oracle, option):
+    """Parity could not be had without reading them."""
+    ids, options = oracle.tokens(97), dict(CONFIGURATIONS[option])
+    activation = {"activation_function": options.pop("activation_function")}
+    one, two = (
+        oracle.theirs(gpt2(oracle, **given, **activation), {"input_ids": ids})[0] for given in ({}, options)
+    )
+    assert np.abs(one - two).max() > 100 * oracle.TOLERANCE * np.abs(one).max()
 
 
 def test_files_without_the_prefix_and_with_buffers(oracle, tmp_path):

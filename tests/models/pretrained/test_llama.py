@@ -116,6 +116,37 @@ def test_parity_of_the_headless_model_with_padding(oracle, tmp_path, kind):
     oracle.compare(tmp_path, model_of(oracle, kind, "Model", head_dim=8), inputs)
 
 
+@pytest.mark.parametrize("name", ["Llama wide heads", "Qwen3 biases, tied, plain heads"])
+def test_gradients_of_the_language_model_loss(oracle, tmp_path, name):
+    kind, options = CONFIGURATIONS[name]
+    worst = oracle.compare_gradients(tmp_path, model_of(oracle, kind, **options), oracle.tokens(97))
+    print(f"gradients, {name}: largest difference {worst:.1e} of a tensor's largest gradient")
+    assert worst <= 1e-4
+
+
+SPECIAL = {"rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+
+
+def plain(kind, options):
+    """The options without scaled positions and with other windows: none, or some where there were none."""
+    kept = {key: value for key, value in options.items() if key not in SPECIAL}
+    if kind == "Mistral":
+        kept["sliding_window"] = None if options["sliding_window"] else 4
+    return {**kept, **rope("default")} if "rope_parameters" in options else kept
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (_, options) in CONFIGURATIONS.items() if SPECIAL & set(options)]
+)
+def test_these_options_matter(oracle, name):
+    """Parity could not be had without reading them."""
+    kind, options = CONFIGURATIONS[name]
+    inputs = {"input_ids": oracle.tokens(97)}
+    models = (model_of(oracle, kind, **given) for given in (options, plain(kind, options)))
+    one, two = (oracle.theirs(model, inputs)[0] for model in models)
+    assert np.abs(one - two).max() > 100 * oracle.TOLERANCE * np.abs(one).max()
+
+
 def test_scanned_layers_with_a_pattern_compute_the_same(oracle, tmp_path):
     kind, options = CONFIGURATIONS["Qwen3 alternating windows"]
     model, inputs = model_of(oracle, kind, **options), {"input_ids": oracle.tokens(97)}

@@ -201,6 +201,25 @@ def test_a_model_of_ones_own_goes_out_and_comes_back(tmp_path, random_parameters
     assert TensorFiles.open(out).shape("lm_head.weight") == (30, 16)
 
 
+def test_another_familys_settings_keep_only_what_all_have(tiny_gpt2, tmp_path, random_parameters):
+    settings = {**load_pretrained(tiny_gpt2[0]).settings, "eos_token_id": 7}
+    config = TransformerConfig(
+        layers=2,
+        width=16,
+        vocab=30,
+        attention=GroupedQuery(2, bias=False),
+        mlp=GatedMLP(24),
+        norm=RMSNorm(),
+        positions=Rotary(),
+    )
+    model = Transformer(config)
+    given = (model, random_parameters(model, TOKENS))
+    out = save_pretrained(tmp_path / "out", *given, architecture="LlamaForCausalLM", settings=settings)
+    written = json.loads((out / "config.json").read_text())
+    assert written["eos_token_id"] == 7 and "n_embd" not in written
+    assert load_pretrained(out).architecture == "LlamaForCausalLM"
+
+
 def test_windows_of_a_pattern_go_out_and_come_back(tmp_path, random_parameters):
     attention = GroupedQuery(2, output_bias=False)
     config = TransformerConfig(
