@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
+from math import sqrt
+from typing import Any
 
 from .. import InputError
 from .attention import GroupedQuery, multi_head
@@ -12,7 +14,9 @@ from .config import TransformerConfig
 from .mlp import MLP, GatedMLP
 from .norms import LayerNorm, RMSNorm
 from .positions import Learned, Rotary, Sinusoidal
-from .residuals import PostNorm
+from .relations import SegmentRelations, TreeRelations
+from .residuals import NormedResidual, PostNorm, PreNorm
+from .rotary2d import Rotary2D
 
 Preset = Callable[[], TransformerConfig]
 
@@ -101,6 +105,44 @@ def modern(layers: int, width: int, heads: int, kv_heads: int, vocab: int = 32_0
     )
 
 
+def cpm(**choices: Any) -> TransformerConfig:
+    """What CPM-Ant and CPM-Bee share (OpenBMB, `cpm-ant-10b.json` and `cpm-bee-10b.json`)."""
+    return TransformerConfig(
+        layers=48,
+        width=4096,
+        attention=multi_head(32, head_width=128, bias=False),
+        mlp=GatedMLP(10_240, "gelu"),
+        norm=RMSNorm(1e-6),
+        embedding_scale=1 / 64,
+        logit_scale=1 / 64,
+        scaled_linears=True,
+        **choices,
+    )
+
+
+def cpm_ant() -> TransformerConfig:
+    """CPM-Ant, with prompts of 32 tokens for 32 tasks as further rows of the table."""
+    return cpm(vocab=30_720, input_rows=32 * 32, positions=SegmentRelations(scale=1 / 64))
+
+
+def cpm_bee() -> TransformerConfig:
+    """CPM-Bee; its head is `ExtendedHead`."""
+    return cpm(vocab=86_583, positions=TreeRelations(), residual=PreNorm(divisor=1.05))
+
+
+def chatglm() -> TransformerConfig:
+    """ChatGLM-6B (THUDM, `modeling_chatglm.py`), with its head tied to the table."""
+    return TransformerConfig(
+        layers=28,
+        width=4096,
+        vocab=130_528,
+        attention=multi_head(32),
+        mlp=MLP(16_384, "gelu_tanh"),
+        positions=Rotary2D(),
+        residual=NormedResidual(sqrt(2 * 28)),
+    )
+
+
 PRESETS: dict[str, Preset] = {
     "transformer-base": lambda: original_transformer(6, 512, 8),
     "transformer-big": lambda: original_transformer(6, 1024, 16),
@@ -119,6 +161,9 @@ PRESETS: dict[str, Preset] = {
     "ladder-25b": lambda: ladder(72, 5120),
     "ladder-60b": lambda: ladder(72, 8192),
     "ladder-175b": lambda: ladder(96, 12_288),
+    "cpm-ant-10b": cpm_ant,
+    "cpm-bee-10b": cpm_bee,
+    "chatglm-6b": chatglm,
     "quick": quick,
     "modern-tiny": lambda: modern(4, 256, 8, 2, 4096),
 }

@@ -2,11 +2,21 @@
 
 from dataclasses import replace
 
+import jax
 import pytest
 
-from modicum.models import ClassifierHead, Transformer, TransformerConfig, multi_head, preset
+from modicum.models import (
+    ClassifierHead,
+    ExtendedHead,
+    LanguageModelHead,
+    Transformer,
+    TransformerConfig,
+    multi_head,
+    preset,
+)
 from modicum.models.costs import abstract_parameters as abstract
 from modicum.models.costs import matrix_weights, parameter_bytes, parameter_count
+from modicum.research import delta
 
 # Largest relative distance of a rung's count from its name. The small rungs are far from theirs because
 # the talk's names count 12 L D² roughly and leave the 50,257-word table out.
@@ -37,6 +47,30 @@ def test_gpt2_small_has_exactly_the_published_parameters():
 )
 def test_the_larger_gpt2_have_exactly_their_checkpoints_parameters(name, published):
     assert count(name) == published
+
+
+@pytest.mark.parametrize(
+    "name, head, published",
+    [
+        ("cpm-ant-10b", LanguageModelHead(), 9_391_624_192),
+        ("cpm-bee-10b", ExtendedHead(), 9_616_080_896),
+        ("chatglm-6b", LanguageModelHead(), 6_173_286_400),
+    ],
+)
+def test_models_of_billions_have_exactly_the_published_parameters(name, head, published):
+    assert parameter_count(Transformer(preset(name), head)) == published
+
+
+def test_lora_on_cpm_ant_has_the_published_size():
+    """6.3 million: rank 8 on the queries and values of 48 layers, 0.067% of its 9.39 billion."""
+    model = Transformer(preset("cpm-ant-10b"))
+    tokens = jax.ShapeDtypeStruct((1, 2), "int32")
+    tuned = delta.attach(model, {"attention/(query|value)": delta.LoRA(rank=8)})
+    params = abstract(model)
+    variables = jax.eval_shape(lambda p, t: tuned.init(jax.random.key(0), p, t), params, tokens)
+    sizes = [leaf.size for leaf in jax.tree.leaves(variables["delta"])]
+    assert sum(sizes) == 6_291_456 == 48 * 2 * 8 * (4096 + 4096)
+    assert sum(sizes) / 9_391_624_192 == pytest.approx(0.00067, rel=0.01)
 
 
 def test_gpt3_is_within_half_a_percent_of_its_name():
