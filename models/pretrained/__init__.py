@@ -7,6 +7,7 @@
 * `settings` config.json, read to its last key; `match` every tensor has a use, or the error lists it
 * `family` and `registry` the kinds of models: a short file each (`gpt2`; `llama` with Mistral and Qwen; ...)
 * `tokenizers` the tokenizers that come with them; `minilm` sentence embeddings
+* `cpm` CPM's tokenizers, and CPM-Bee's tasks in JSON; `prepared` prompts with their positions and mask
 * `alike` whether two configurations compute the same; `rope` rotary positions in config.json
 """
 

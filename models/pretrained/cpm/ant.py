@@ -63,6 +63,10 @@ class AntTokenizer(Tokenizer):
             rows.append([*before, *(self.vocabulary.ids[piece] for piece in pieces)][:limit])
         return rows
 
+    def encode_pair(self, first: str, second: str, limit: int | None) -> tuple[list[int], list[int]]:
+        """Raises `InputError`: CPM-Ant reads no pairs of texts."""
+        raise InputError("CPM-Ant has no form for pairs of texts; join them as one")
+
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The strings of the ids, one after another."""
         kept = (number for number in ids if special or number not in self.tokens.all)

@@ -135,6 +135,10 @@ class BeeTokenizer(Tokenizer):
         ids = self.vocabulary.ids
         return [[ids["<s>"], *row, ids["</s>"]] if special else row for row in rows]
 
+    def encode_pair(self, first: str, second: str, limit: int | None) -> tuple[list[int], list[int]]:
+        """Raises `InputError`: CPM-Bee reads several texts as a task in JSON."""
+        raise InputError("CPM-Bee has no form for pairs of texts; give them as keys of a task (cpm.encode)")
+
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of some ids, `<` escaped."""
         kept = (int(number) for number in ids if special or number not in self.tokens.all)
