@@ -11,15 +11,16 @@ from typing import Any
 import tokenizers as hf
 
 from .... import InputError
-from .interface import SpecialTokens, Tokenizer, check_limit
+from .interface import SpecialTokens, Tokenizer, check_limit, share
 
 
 @dataclass(frozen=True)
 class FastTokenizer(Tokenizer):
-    """A `tokenizers.Tokenizer` and the ids of its special tokens."""
+    """A `tokenizers.Tokenizer`, the ids of its special tokens, and whether it has a form for pairs."""
 
     inner: hf.Tokenizer
     tokens: SpecialTokens
+    pairs: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -37,6 +38,19 @@ class FastTokenizer(Tokenizer):
         for body in bodies:
             body.truncate(limit - added)
         return [self.inner.post_process(body, add_special_tokens=special).ids for body in bodies]
+
+    def encode_pair(self, first: str, second: str, limit: int | None) -> tuple[list[int], list[int]]:
+        """The ids of two texts as one input, and for each whose it is."""
+        if not self.pairs:
+            return super().encode_pair(first, second, limit)
+        added = self.inner.num_special_tokens_to_add(True)
+        check_limit(limit, added + 1)
+        one, two = self.inner.encode_batch([first, second], add_special_tokens=False)
+        kept = share(len(one.ids), len(two.ids), None if limit is None else limit - added)
+        one.truncate(kept[0])
+        two.truncate(kept[1])
+        both = self.inner.post_process(one, two)
+        return both.ids, both.type_ids
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of some ids."""
@@ -89,11 +103,18 @@ def from_word_pieces(path: Path, settings: Mapping[str, Any]) -> hf.Tokenizer:
     return inner
 
 
-def surround(inner: hf.Tokenizer, before: Sequence[str], after: Sequence[str]) -> None:
-    """Put these special tokens before and after every text that `inner` encodes."""
-    names = [*before, *after]
+def surround(
+    inner: hf.Tokenizer, before: Sequence[str], after: Sequence[str], between: Sequence[str] = ()
+) -> None:
+    """Put these special tokens before and after every text that `inner` encodes, and between two texts.
+
+    The second of two texts and what follows it have type 1 where one token is between them (BERT).
+    """
+    names, kind = [*before, *after, *between], int(len(between) == 1)
+    end = [f"{name}:{kind}" for name in after]
     inner.post_processor = hf.processors.TemplateProcessing(
         single=[*before, "$A", *after],
+        pair=[*before, "$A", *between, f"$B:{kind}", *end],
         special_tokens=[(name, inner.token_to_id(name)) for name in dict.fromkeys(names)],
     )
 

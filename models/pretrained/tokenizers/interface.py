@@ -44,6 +44,13 @@ class Tokenizer(ABC):
     def encode_all(self, texts: Sequence[str], limit: int | None, special: bool) -> list[list[int]]:
         """The ids of each text, at most `limit` each: text is dropped at its end, special tokens stay."""
 
+    def encode_pair(self, first: str, second: str, limit: int | None) -> tuple[list[int], list[int]]:
+        """The ids of two texts as one input, and for each whose it is, 0 or 1; at most `limit`.
+
+        The longer text is cut first. Raises `InputError` where the tokenizer has no form for them.
+        """
+        raise InputError("this tokenizer has no form for pairs of texts; join them as the model expects")
+
     @abstractmethod
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of some ids; `special` keeps the special tokens among them as text."""
@@ -75,18 +82,48 @@ class Tokenizer(ABC):
         T is `length`, to which longer texts are cut, or that of the longest text. `side` is where the
         padding goes: "left" for generation.
         """
-        if side not in SIDES:
-            raise InputError(f"side={side!r} is not one of {', '.join(SIDES)}")
-        if not texts:
-            raise InputError("texts is empty; a batch needs at least one")
         rows = self.encode_all(texts, length, special)
-        width = length or max(1, *map(len, rows))
-        tokens = np.full((len(rows), width), self.pad, np.int32)
-        segments = np.zeros((len(rows), width), np.int32)
-        for index, row in enumerate(rows):
-            place = slice(width - len(row), width) if side == "left" else slice(len(row))
-            tokens[index, place], segments[index, place] = row, 1
-        return tokens, segments
+        return _rectangle(rows, self.pad, length, side), _rectangle(
+            [[1] * len(r) for r in rows], 0, length, side
+        )
+
+    def encode_pairs(
+        self, first: Sequence[str], second: Sequence[str], length: int | None = None, side: str = "right"
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, segments and token types, int32 `[B, T]`, of pairs of texts (question and passage, ...).
+
+        Token types are 0 in the first text, 1 in the second where the model tells them apart (BERT).
+        """
+        if len(first) != len(second):
+            raise InputError(f"{len(first)} first and {len(second)} second texts; as many of each are valid")
+        pairs = [self.encode_pair(one, two, length) for one, two in zip(first, second)]
+        tokens = _rectangle([ids for ids, _ in pairs], self.pad, length, side)
+        segments = _rectangle([[1] * len(ids) for ids, _ in pairs], 0, length, side)
+        return tokens, segments, _rectangle([types for _, types in pairs], 0, length, side)
+
+
+def _rectangle(rows: Sequence[Sequence[int]], fill: int, length: int | None, side: str) -> np.ndarray:
+    """Rows of integers as one array, int32 `[B, T]`."""
+    if side not in SIDES:
+        raise InputError(f"side={side!r} is not one of {', '.join(SIDES)}")
+    if not rows:
+        raise InputError("texts is empty; a batch needs at least one")
+    width = length or max(1, *map(len, rows))
+    array = np.full((len(rows), width), fill, np.int32)
+    for index, row in enumerate(rows):
+        array[index, slice(width - len(row), width) if side == "left" else slice(len(row))] = row
+    return array
+
+
+def share(first: int, second: int, room: int | None) -> tuple[int, int]:
+    """How much of two texts of these lengths fits in `room`: the longer is cut first, then both to halves."""
+    short, long = sorted((first, second))
+    if room is not None and short + long > room:
+        long = max(short, room - short)
+        if short + long > room:
+            short = room // 2
+            long = room - short
+    return (short, long) if first <= second else (long, short)
 
 
 def check_limit(limit: int | None, added: int) -> None:

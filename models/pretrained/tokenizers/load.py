@@ -17,7 +17,7 @@ from .sentences import SentencePieceTokenizer, open_sentencepiece
 
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 SENTENCE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.model")
-FILES = ("tokenizer.json", *SENTENCE_FILES, "vocab.json", "merges.txt", "vocab.txt")
+FILES = ("tokenizer.json", *SENTENCE_FILES, "vocab.json", "merges.txt", "vocab.txt", "ice_text.model")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
@@ -28,6 +28,7 @@ class Convention:
     names: Mapping[str, str]
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
     extra_ids: int = 0
 
 
@@ -36,10 +37,13 @@ _ROBERTA = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>"}
 CONVENTIONS = {
     "GPT2Tokenizer": Convention({"bos": _TEXT_END, "eos": _TEXT_END, "unk": _TEXT_END}),
     "RobertaTokenizer": Convention(
-        {**_ROBERTA, "cls": "<s>", "sep": "</s>", "mask": "<mask>"}, ("cls",), ("sep",)
+        {**_ROBERTA, "cls": "<s>", "sep": "</s>", "mask": "<mask>"}, ("cls",), ("sep",), ("sep", "sep")
     ),
     "BertTokenizer": Convention(
-        {role: f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}, ("cls",), ("sep",)
+        {role: f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")},
+        ("cls",),
+        ("sep",),
+        ("sep",),
     ),
     "T5Tokenizer": Convention({"eos": "</s>", "pad": "<pad>", "unk": "<unk>"}, (), ("eos",), extra_ids=100),
     "LlamaTokenizer": Convention({"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, ("bos",)),
@@ -52,6 +56,17 @@ CLASSES = {
     "t5": "T5Tokenizer",
     "llama": "LlamaTokenizer",
     "mistral": "LlamaTokenizer",
+    "cpmant": "CpmAntTokenizer",
+    "cpm-live-ant": "CpmAntTokenizer",
+    "cpmbee": "CpmBeeTokenizer",
+    "cpm-live-bee": "CpmBeeTokenizer",
+    "chatglm": "ChatGLMTokenizer",
+}
+# Classes with code of their own here, and the files that they may lie in.
+OWN = {
+    "CpmAntTokenizer": ("vocab.txt", "ant.txt", "ant_plus.txt"),
+    "CpmBeeTokenizer": ("vocab.txt", "bee.txt"),
+    "ChatGLMTokenizer": ("ice_text.model",),
 }
 PAIRS = ("GPT2Tokenizer", "RobertaTokenizer")
 PIECES = ("BertTokenizer",)
@@ -108,13 +123,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Reads the first of these that is there: `tokenizer.json`; a sentencepiece model (T5, LLaMA);
     `vocab.json` with `merges.txt` (GPT-2, OPT, RoBERTa); `vocab.txt` (BERT). Special tokens are those of
-    `tokenizer_config.json` and `special_tokens_map.json`.
+    `tokenizer_config.json` and `special_tokens_map.json`. CPM-Ant, CPM-Bee and ChatGLM-6B have files of their
+    own.
 
     Raises:
         InputError: where there is no such file, or one alone does not say how the model tokenizes, or a
             special token is named that has no id.
     """
     found = open_folder(_local(folder))
+    if found.kind in OWN:
+        return _read_own(found)
     readers: tuple[tuple[tuple[str, ...], Callable[[Folder, Path], Tokenizer]], ...] = (
         (("tokenizer.json",), _read_tokenizer_json),
         *(((name,), _read_sentences) for name in SENTENCE_FILES),
@@ -125,6 +143,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if all((found.path / name).is_file() for name in names):
             return read(found, found.path / names[0])
     raise InputError(f"{found.path}: no tokenizer here; one of {', '.join(FILES)} is needed")
+
+
+def _read_own(folder: Folder) -> Tokenizer:
+    path = next((folder.path / name for name in OWN[folder.kind] if (folder.path / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder.path}: no vocabulary here; one of {', '.join(OWN[folder.kind])} is needed")
+    if folder.kind == "ChatGLMTokenizer":
+        from .chatglm import ChatGLMTokenizer
+
+        return ChatGLMTokenizer.read(path, int(folder.settings.get("num_image_tokens", 0)))
+    from ..cpm import AntTokenizer, BeeTokenizer
+
+    return AntTokenizer(path) if folder.kind == "CpmAntTokenizer" else BeeTokenizer(path)
 
 
 def open_folder(path: Path) -> Folder:
@@ -178,7 +209,8 @@ def _read_tokenizer_json(folder: Folder, path: Path) -> Tokenizer:
         named = [[folder.name(role)] if add else [] for role, add in zip(("bos", "eos"), asked, strict=True)]
         before, after = ([name for name in side if name is not None] for side in named)
         fast.surround(inner, before, after)
-    return _finish(folder, inner)
+        return _finish(folder, inner, pairs=False)
+    return _finish(folder, inner, pairs=inner.num_special_tokens_to_add(True) > 0)
 
 
 def _read_pairs(folder: Folder, path: Path) -> Tokenizer:
@@ -202,13 +234,14 @@ def _surrounded(folder: Folder, inner: hf.Tokenizer) -> Tokenizer:
     if before or after:
         for name in (*before, *after):
             _require(folder, name, inner.token_to_id(name))
-        fast.surround(inner, before, after)
-    return _finish(folder, inner)
+        between = [folder.name(role) or "" for role in folder.convention.between]
+        fast.surround(inner, before, after, between)
+    return _finish(folder, inner, pairs=bool(folder.convention.between))
 
 
-def _finish(folder: Folder, inner: hf.Tokenizer) -> Tokenizer:
+def _finish(folder: Folder, inner: hf.Tokenizer, pairs: bool) -> Tokenizer:
     ids = {role: _id(folder, role, inner.token_to_id) for role in ("bos", "eos", "pad")}
-    return fast.FastTokenizer(inner, _specials(ids, fast.special_ids(inner)))
+    return fast.FastTokenizer(inner, _specials(ids, fast.special_ids(inner)), pairs)
 
 
 def _read_sentences(folder: Folder, path: Path) -> Tokenizer:

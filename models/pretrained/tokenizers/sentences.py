@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .... import InputError
-from .interface import SpecialTokens, Tokenizer, check_limit
+from .interface import SpecialTokens, Tokenizer, check_limit, share
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,17 @@ class SentencePieceTokenizer(Tokenizer):
         check_limit(limit, len(before) + len(after))
         room = None if limit is None else limit - len(before) - len(after)
         return [[*before, *self._body(text)[:room], *after] for text in texts]
+
+    def encode_pair(self, first: str, second: str, limit: int | None) -> tuple[list[int], list[int]]:
+        """The ids of two texts as one input, an end after each; the types are 0."""
+        if not self.after:
+            return super().encode_pair(first, second, limit)
+        added = len(self.before) + 2 * len(self.after)
+        check_limit(limit, added + 1)
+        one, two = self._body(first), self._body(second)
+        kept = share(len(one), len(two), None if limit is None else limit - added)
+        ids = [*self.before, *one[: kept[0]], *self.after, *two[: kept[1]], *self.after]
+        return ids, [0] * len(ids)
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of some ids; ids past the vocabulary decode to nothing."""

@@ -137,6 +137,20 @@ def test_unusable_files_are_one_line(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_pairs_and_whose_token_it_is(folder):
+    path = folder("pieces_folder")
+    write(path, "config.json", {"model_type": "bert"})
+    tokenizer = load_tokenizer(path)
+    tokens, segments, types = tokenizer.encode_pairs(["good", "a good film"], ["bad", "a bad one"])
+    one, two = tokenizer.encode("good"), tokenizer.encode("bad")
+    real = segments[0] > 0
+    assert tokens[0][real].tolist() == [*one, *two[1:]]
+    assert types[0][real].tolist() == [0] * len(one) + [1] * (len(two) - 1)
+    assert not types[segments == 0].any()
+    with pytest.raises(InputError, match="1 first and 2 second texts"):
+        tokenizer.encode_pairs(["a"], ["b", "c"])
+
+
 def test_bad_batches(pieces_folder, folder):
     path = folder("pieces_folder")
     write(path, "config.json", {"model_type": "bert"})

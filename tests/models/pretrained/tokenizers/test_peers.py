@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from modicum import InputError
 from modicum.models.pretrained.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.peers
@@ -33,6 +34,29 @@ def compare(folder, theirs, texts):
     batch = theirs(texts, padding="max_length", max_length=12, truncation=True, return_tensors="np")
     assert (segments == batch["attention_mask"]).all()
     assert (tokens == batch["input_ids"])[segments > 0].all()
+
+
+def compare_pairs(folder, theirs, texts, types):
+    """Pairs of texts in every proportion of lengths, whole and cut."""
+    ours = load_tokenizer(folder)
+    first, second = texts, texts[::-1]
+    theirs.padding_side, theirs.truncation_side = "right", "right"
+    for length in (8, 13, 40):
+        batch = theirs(
+            first,
+            second,
+            padding="max_length",
+            max_length=length,
+            truncation="longest_first",
+            return_tensors="np",
+            return_token_type_ids=True,
+        )
+        tokens, segments, kinds = ours.encode_pairs(first, second, length)
+        assert (segments == batch["attention_mask"]).all()
+        assert (tokens == batch["input_ids"]).all()
+        assert not types or (kinds == batch["token_type_ids"]).all()
+    left = ours.encode_pairs(first[:2], second[:2], 300, side="left")[0]
+    assert left[0, 0] == ours.pad and left[0, -1] == ours.encode(first[0])[-1]
 
 
 CONFIGURATIONS = {
@@ -68,6 +92,11 @@ def test_byte_pairs(name, pairs_folder, hard_texts, tmp_path):
     theirs = getattr(transformers, kind).from_pretrained(folder)
     texts = [*hard_texts, "the <mask> film</s>"] if name == "roberta" else hard_texts
     compare(folder, theirs, texts)
+    if name == "roberta":
+        compare_pairs(folder, theirs, texts, types=True)
+    else:
+        with pytest.raises(InputError, match="no form for pairs"):
+            load_tokenizer(folder).encode_pairs(["a"], ["b"])
 
 
 @pytest.mark.parametrize("lower", [True, False])
@@ -78,11 +107,13 @@ def test_word_pieces(lower, pieces_folder, hard_texts, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     theirs = transformers.BertTokenizer.from_pretrained(folder)
     compare(folder, theirs, [*hard_texts, "the [MASK] film [SEP]"])
+    compare_pairs(folder, theirs, hard_texts, types=True)
 
 
 def test_sentencepiece_of_t5(t5_folder, hard_texts):
     theirs = transformers.T5Tokenizer.from_pretrained(t5_folder)
     compare(t5_folder, theirs, [*hard_texts, "the <extra_id_0> film <extra_id_1>"])
+    compare_pairs(t5_folder, theirs, hard_texts, types=False)
 
 
 def test_sentencepiece_of_llama(llama_folder, hard_texts):
@@ -107,6 +138,8 @@ def test_tokenizer_json_that_they_save(source, hard_texts, tmp_path, request):
     theirs.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "tokenizer.json").is_file()
     compare(tmp_path / "saved", theirs, hard_texts)
+    if source in ("pieces_folder", "pairs_folder"):
+        compare_pairs(tmp_path / "saved", theirs, hard_texts, types=True)
 
 
 def test_bos_that_only_the_settings_ask_for(pairs_folder, hard_texts, tmp_path):
