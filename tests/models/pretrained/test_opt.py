@@ -6,6 +6,7 @@ import pytest
 from modicum import InputError
 from modicum.models.pretrained import load_pretrained
 
+from ..generation.greedy_oracle import assert_greedy_equal
 from .oracle import change_settings, compare, perturbed, tokens, torch, transformers
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
@@ -57,6 +58,17 @@ def test_parity(name, tmp_path):
 
 def test_padding_on_the_left(tmp_path):
     compare(tmp_path, build(), padded("left"))
+
+
+@pytest.mark.parametrize("options", [LARGE_350M, {"_remove_final_layer_norm": True, "enable_bias": False}])
+def test_greedy_continuations(options, tmp_path):
+    """64 tokens after prompts of several lengths in one batch, token for token."""
+    model = build(**options, max_position_embeddings=90)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path)
+    prompts = [tokens(61, 1, length, seed=length)[0].tolist() for length in (9, 4, 13, 1)]
+    assert assert_greedy_equal(loaded.model, loaded.params, model, prompts, 64, pad=1) == 0
 
 
 def test_the_first_position_is_row_2(tmp_path):

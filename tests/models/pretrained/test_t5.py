@@ -13,6 +13,7 @@ from modicum.models.pretrained.assemble import their_tensors
 from modicum.models.pretrained.mapping import place
 from modicum.models.pretrained.t5 import entries
 
+from ..generation.greedy_oracle import assert_greedy_equal
 from .oracle import change_settings, compare, perturbed, theirs, tokens, torch, transformers
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
@@ -135,6 +136,16 @@ def test_gradients(name, tmp_path):
     for name, each in expected.items():
         assert np.abs(found[name] - each).max() <= 1e-4 * scale, name
         assert np.abs(each).max() > 0, name
+
+
+def test_greedy_continuations_of_a_shallow_decoder(tmp_path):
+    """64 tokens, token for token; the oracle cannot generate with a decoder deeper than the encoder."""
+    model = build(own_logits=True, **NEW, num_decoder_layers=1, decoder_start_token_id=0)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path)
+    prompts = [tokens(61, 1, length, seed=length)[0].tolist() for length in (9, 4, 13, 1)]
+    assert assert_greedy_equal(loaded.model, loaded.params, model, prompts, 64, pad=0, start=0) == 0
 
 
 def test_exported_for_a_model_made_here(tmp_path):
