@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from ... import InputError
+from .language_models import is_published
 from .options import UNLIMITED_LENGTH
 
 if TYPE_CHECKING:
@@ -22,11 +23,12 @@ class Evaluate:
     """Evaluate a model, or a delta on its model.
 
     A language model gets loss, perplexity and next-token accuracy; a classifier, or a model with a
-    classifier's delta, gets loss and accuracy.
+    classifier's delta, gets loss and accuracy. A published language model, or one with --stride, gets the
+    perplexity of all texts as one, joined by empty lines, under a window that slides over it.
     """
 
     model: tyro.conf.Positional[Path]
-    """A model folder or a finished run; under a delta, its backbone."""
+    """A model folder, a finished run, or a published checkpoint's folder; under a delta, its backbone."""
     data: str
     """A file, a folder with splits, or a hub name."""
     delta: Path | None = None
@@ -38,6 +40,8 @@ class Evaluate:
     """Tokens of a row or longest text; 0: as many as the model has positions, 128 where it has no limit."""
     truncate: bool = False
     """Cut longer texts instead of refusing them."""
+    stride: int = 0
+    """Tokens by which the window of --length tokens slides; 0: half of it for a published model."""
 
     def run(self) -> int:
         """Print the means over the split."""
@@ -46,6 +50,9 @@ class Evaluate:
         from .compilation import cache_compilations
 
         cache_compilations()
+        if self.stride or is_published(str(self.model)):
+            self._sliding()
+            return 0
         trained = load_model(find_model(self.model))
         tokenizer = load_tokenizer(trained, self.model)
         if self.delta is None and not trained.labels:
@@ -55,6 +62,30 @@ class Evaluate:
             means = self._classifier(trained, tokenizer)
         print("  ".join(f"{name} {value:.4f}" for name, value in means.items()))
         return 0
+
+    def _sliding(self) -> None:
+        from ...research.evaluation import strided_perplexity
+        from .language_models import open_language_model
+
+        if self.delta is not None:
+            raise InputError("--stride and published models are evaluated without --delta so far")
+        speaker = open_language_model(str(self.model), "float32")
+        text = "\n\n".join(self._source(None).texts())
+        positions = speaker.model.config.positions
+        positions.require(self.length)
+        found = strided_perplexity(
+            speaker.model,
+            speaker.params,
+            speaker.tokenizer.encode(text),
+            window=self.length or positions.limit or UNLIMITED_LENGTH,
+            stride=self.stride,
+        )
+        means = {
+            "loss": found.nats / found.scored,
+            "perplexity": found.perplexity,
+            "bits_per_byte": found.bits_per_byte(len(text.encode())),
+        }
+        print("  ".join(f"{name} {value:.4f}" for name, value in means.items()))
 
     def _language_model(self, trained: TrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
         from ...parallel.layout import Layout

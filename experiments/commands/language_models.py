@@ -29,6 +29,11 @@ class LanguageModel:
     start: int | None = None
 
 
+def is_published(path: str) -> bool:
+    """Whether a folder holds a published checkpoint, and not what `modicum train` left."""
+    return (Path(path) / "config.json").is_file()
+
+
 def open_language_model(path: str, dtype: str) -> LanguageModel:
     """The model at `path`, a folder of either kind, or published under that name.
 

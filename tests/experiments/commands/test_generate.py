@@ -11,6 +11,7 @@ from modicum.models.generation import beam_search, generate
 from modicum.models.pretrained import load_pretrained, save_pretrained
 from modicum.models.pretrained.tokenizers import load_tokenizer
 from modicum.research.data.tokenizers import train_tokenizer
+from modicum.research.evaluation import strided_perplexity
 
 TEXTS = ["the film was good and warm", "a dull story of the cold", "it was a lovely film"]
 NEW = ("--max-new-tokens", 8)
@@ -124,3 +125,20 @@ def test_a_classifier_does_not_generate(refused, published, tmp_path):
     for name in ("model.safetensors", "tokenizer.json"):
         (folder / name).symlink_to(published / name)
     assert "needs a language model" in refused("generate", folder, "--prompt", "a")
+
+
+def test_a_published_model_is_evaluated_by_a_sliding_window(modicum, published, rows_file, tmp_path):
+    file = rows_file(tmp_path / "test.jsonl", ({"text": text} for text in TEXTS * 6))
+    said = modicum("evaluate", published, "--data", file, "--length", 16, "--stride", 4)
+    assert said.code == 0, said.error
+    pretrained, tokenizer = load_pretrained(published), load_tokenizer(published)
+    ids = tokenizer.encode("\n\n".join(TEXTS * 6))
+    found = strided_perplexity(pretrained.model, pretrained.params, ids, window=16, stride=4)
+    assert f"perplexity {found.perplexity:.4f}" in said.out
+
+
+def test_a_trained_run_is_evaluated_by_a_sliding_window_too(modicum, trained, tmp_path):
+    (tmp_path / "test.txt").write_text("\n".join(TEXTS * 6) + "\n")
+    said = modicum("evaluate", trained, "--data", tmp_path / "test.txt", "--length", 16, "--stride", 4)
+    assert said.code == 0, said.error
+    assert said.out.startswith("loss ") and "bits_per_byte" in said.out
