@@ -35,13 +35,14 @@ class SegmentRelations(Positions):
     Positions are `SegmentPositions`; a plain array `[B, T]` is the index of tokens in segment 0. The vectors,
     times `scale`, are added to the words (`type_embedding/table` `[kinds, D]`). `relative_bias/table`
     `[buckets + kinds², H]` is shared by all layers (OpenBMB/CPM-Live, branch cpm-ant,
-    `SegmentPositionEmbedding`).
+    `SegmentPositionEmbedding`). `prompt_length` is how many of the model's `input_rows` make one prompt.
     """
 
     kinds: int = 32
     buckets: int = 512
     max_distance: int = 2048
     scale: float = 1.0
+    prompt_length: int = 32
 
     def embedding(self, width: int, precision: Precision, std: float) -> nn.Module:
         """Looks segments up."""

@@ -34,11 +34,7 @@ from .prepared import Prepared, checked, padded
 from .prepared import Rows as Ids
 from .settings import Settings
 
-PROMPT_LENGTH, TASK, TEXT = (
-    32,
-    2,
-    2,
-)  # the published model's: tokens of a prompt, which prompt, text's segment
+TASK, TEXT = 2, 2  # the published model's prompt, and the segment of a text
 
 
 def read(settings: Settings) -> TransformerConfig:
@@ -74,12 +70,12 @@ def _config(
     settings: Settings, *, layers: int, width: int, heads: int, scale: float = 1.0, **more: Any
 ) -> TransformerConfig:
     take = settings.take
-    prompts = take("prompt_types", 32) * take("prompt_length", PROMPT_LENGTH)
+    prompts, prompt_length = take("prompt_types", 32), take("prompt_length", 32)
     return TransformerConfig(
         layers=layers,
         width=width,
         vocab=take("vocab_size", 30_720),
-        input_rows=prompts,
+        input_rows=prompts * prompt_length,
         attention=GroupedQuery(heads, heads, take("dim_head", 128), bias=False),
         mlp=GatedMLP(take("dim_ff", 10_240), "gelu"),
         norm=RMSNorm(float(take("eps", 1e-6))),
@@ -88,6 +84,7 @@ def _config(
             take("position_bias_num_buckets", 512),
             take("position_bias_max_distance", 2048),
             scale,
+            prompt_length,
         ),
         embedding_scale=scale,
         logit_scale=scale,
@@ -134,7 +131,6 @@ def write_masked_modules(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _written(config: TransformerConfig) -> dict[str, Any]:
-    """Without `prompt_types` and `prompt_length`, which the settings of a loaded model hold."""
     attention = choice(config, "attention", GroupedQuery)
     positions = choice(config, "positions", SegmentRelations)
     return {
@@ -145,6 +141,8 @@ def _written(config: TransformerConfig) -> dict[str, Any]:
         "position_bias_num_buckets": positions.buckets,
         "position_bias_max_distance": positions.max_distance,
         "eps": choice(config, "norm", RMSNorm).epsilon,
+        "prompt_types": config.input_rows // positions.prompt_length,
+        "prompt_length": positions.prompt_length,
         "segment_types": positions.kinds,
     }
 
@@ -195,9 +193,7 @@ def _mlp(theirs: str, ours: str) -> Iterator[Entry]:
         yield from linear(f"{theirs}.ffn.{name}", f"{ours}/mlp/{own}", bias=False)
 
 
-def prepare(
-    rows: Ids, config: TransformerConfig, *, task: int = TASK, prompt_length: int = PROMPT_LENGTH
-) -> Prepared:
+def prepare(rows: Ids, config: TransformerConfig, *, task: int = TASK) -> Prepared:
     """Rows of ids with the prompt of `task` before each, for a text to be read and continued.
 
     The prompt is segment 0, the text segment 2, and so are the tokens generated after it; all that is given
@@ -206,6 +202,7 @@ def prepare(
 
     Raises `InputError` for rows that are no ids and for a task that the model has no prompt of.
     """
+    prompt_length = choice(config, "positions", SegmentRelations).prompt_length
     tasks = config.input_rows // prompt_length
     if not 0 <= task < tasks:
         raise InputError(

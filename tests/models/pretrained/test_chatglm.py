@@ -194,6 +194,8 @@ def test_out_and_in_again_are_the_same_bits(folder, tmp_path):
     save_pretrained(tmp_path / "back", first.model, first.params, settings=first.settings)
     again = load_pretrained(tmp_path / "back")
     assert again.model == first.model and again.settings["mask_token_id"] == MASK
+    save_pretrained(tmp_path / "bare", first.model, first.params, architecture="ChatGLMModel")
+    assert load_pretrained(tmp_path / "bare").model == first.model
     for one, two in zip(jax.tree.leaves(first.params), jax.tree.leaves(again.params), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
     before, after = TensorFiles.open(folder), TensorFiles.open(tmp_path / "back")

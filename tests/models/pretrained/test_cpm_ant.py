@@ -76,7 +76,7 @@ def test_parity(oracle, tmp_path, options):
     model, ids = ant(oracle, **options), rows()
     model.save_pretrained(tmp_path / "theirs")
     pretrained = load_pretrained(tmp_path / "theirs")
-    prepared = cpm_ant.prepare(ids, pretrained.model.config, prompt_length=6)
+    prepared = cpm_ant.prepare(ids, pretrained.model.config)
     inputs = {"input_ids": left_padded(ids)}
     expected, hidden = oracle.theirs(model, inputs)
     logits, found = outputs(pretrained, prepared, ["embedded", r"layers_\d+/residual", "final_norm"])
@@ -93,6 +93,34 @@ def test_parity(oracle, tmp_path, options):
     assert ("head" in pretrained.params) == (not model.config.tie_word_embeddings)
     assert pretrained.model.config.tied == model.config.tie_word_embeddings
     oracle.check_the_way_back(tmp_path, pretrained, model, inputs, expected)
+
+
+def test_parity_of_the_headless_model(oracle, tmp_path):
+    oracle.torch.manual_seed(2)
+    settings = oracle.transformers.CpmAntConfig(**{**TINY, "num_hidden_layers": 2})
+    model, ids = oracle.perturbed(oracle.transformers.CpmAntModel(settings)), rows()
+    model.save_pretrained(tmp_path / "theirs")
+    pretrained = load_pretrained(tmp_path / "theirs")
+    assert pretrained.model.head is None
+    inputs = {"input_ids": left_padded(ids)}
+    expected = oracle.theirs(model, inputs)[0]
+    found, _ = outputs(pretrained, cpm_ant.prepare(ids, pretrained.model.config), [])
+    gap = np.abs(np.asarray(found)[:, 6:] - expected)[inputs["input_ids"] > 0].max()
+    assert gap <= 1e-4 * np.abs(expected).max()
+    oracle.check_the_way_back(tmp_path, pretrained, model, inputs, expected)
+
+
+def test_scanned_and_padded_models_compute_the_same(oracle, tmp_path):
+    ant(oracle).save_pretrained(tmp_path / "theirs")
+    one = load_pretrained(tmp_path / "theirs")
+    two = load_pretrained(tmp_path / "theirs", scan=True, vocab_multiple=16)
+    assert two.params["embedding"]["table"].shape == (96, 32)  # 61 words and 24 prompt tokens
+    prepared = cpm_ant.prepare(rows(), one.model.config)
+    first, second = (np.asarray(outputs(each, prepared, [])[0]) for each in (one, two))
+    np.testing.assert_allclose(second[..., :61], first[..., :61], atol=1e-5 * np.abs(first[..., :61]).max())
+    assert (first[..., 61:] < -1e8).all() and (second[..., 61:] < -1e8).all()
+    save_pretrained(tmp_path / "back", two.model, two.params, settings=two.settings)
+    oracle.assert_same_bits(load_pretrained(tmp_path / "back").params, one.params)
 
 
 def test_a_tied_head_must_repeat_the_table(oracle, tmp_path):
@@ -138,7 +166,7 @@ def test_the_files_of_cpm_live_give_the_same_logits(oracle, tmp_path):
     settings = live_files(oracle, model, tmp_path / "live")
     one, two = load_pretrained(tmp_path / "theirs"), load_pretrained(tmp_path / "live")
     assert two.model.config.scaled_linears and not one.model.config.scaled_linears
-    prepared = cpm_ant.prepare(rows(), one.model.config, prompt_length=6)
+    prepared = cpm_ant.prepare(rows(), one.model.config)
     first, second = (outputs(each, prepared, [])[0] for each in (one, two))
     real = prepared.segments > 0
     gap = np.abs(np.asarray(first - second)[..., :61])[real].max()
@@ -169,7 +197,7 @@ def test_compressed_models_lack_sublayers(oracle, tmp_path):
     pretrained = load_pretrained(tmp_path / "live")
     params = pretrained.params
     assert "attention" not in params["layers_0"] and "mlp_norm" not in params["layers_1"]
-    prepared = cpm_ant.prepare(rows(), pretrained.model.config, prompt_length=6)
+    prepared = cpm_ant.prepare(rows(), pretrained.model.config)
     _, hidden = outputs(pretrained, prepared, ["embedded", "layers_1/middle", "layers_1/residual"])
     np.testing.assert_array_equal(hidden["layers_1/middle"], hidden["layers_1/residual"])
     save_pretrained(tmp_path / "back", pretrained.model, params, settings=pretrained.settings)
@@ -196,7 +224,7 @@ def test_tokens_are_those_of_generate(oracle, tmp_path):
     expected = model.generate(inputs, return_dict_in_generate=True, pad_token_id=0, **options)
     pretrained = load_pretrained(tmp_path)
     ours, params = pretrained.model, pretrained.params
-    prepared = cpm_ant.prepare(ids, ours.config, prompt_length=6)
+    prepared = cpm_ant.prepare(ids, ours.config)
     read, positions = jax.jit(ours.apply, static_argnames=("last",)), prepared.positions
     cache = Cache.empty(2, prepared.tokens.shape[1] + 6)
     logits, cache = ours.apply(params, prepared.tokens, cache=cache, last=True, **prepared.arguments)

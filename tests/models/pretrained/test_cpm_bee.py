@@ -170,6 +170,17 @@ def test_logits_are_those_of_the_formulas(x64, folder, pretrained, tokenizer, pa
         assert_near(logits[row, place], forward(folder, sample, extra=extra))
 
 
+def test_scanned_and_padded_models_compute_the_same(folder, tokenizer):
+    """Extra words stand behind the vocabulary, not behind its padding."""
+    batch = left_padded([encode(task, tokenizer) for task in TASKS], tokenizer)
+    one, two = load_pretrained(folder), load_pretrained(folder, scan=True, vocab_multiple=16)
+    first, second = (
+        np.asarray(each.model.apply(each.params, batch.tokens, **batch.arguments)) for each in (one, two)
+    )
+    assert two.params["embedding"]["table"].shape == (32, D) and first.shape == second.shape
+    np.testing.assert_allclose(second, first, atol=1e-5 * np.abs(first).max())
+
+
 def test_a_task_sees_its_example_and_the_example_not_the_task(x64, pretrained, tokenizer):
     def hidden(task, example):
         batch = left_padded([encode(task, tokenizer, examples=[example])], tokenizer)
@@ -269,6 +280,13 @@ def test_both_kinds_of_files_hold_the_same(folder, tmp_path):
         save_pretrained(back, loaded.model, loaded.params, settings=loaded.settings)
         again = load_pretrained(back)
         assert again.model == loaded.model and again.settings["dim_ff"] == F
+        bare = save_pretrained(
+            tmp_path / f"bare-{loaded.architecture}",
+            loaded.model,
+            loaded.params,
+            architecture=loaded.architecture,
+        )
+        assert load_pretrained(bare).model == loaded.model
         for one, two in zip(jax.tree.leaves(live.params), jax.tree.leaves(again.params), strict=True):
             assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
         before, after = TensorFiles.open(source), TensorFiles.open(back)

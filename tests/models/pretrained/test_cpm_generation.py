@@ -67,7 +67,7 @@ def test_cpm_ant_continues_as_transformers(oracle, tmp_path):
     top = torch.stack(expected.scores, 1).topk(2).values.numpy()
     pretrained = load_pretrained(tmp_path)
     model, params = pretrained.model, pretrained.params
-    prepared = cpm_ant.prepare(rows, model.config, prompt_length=6)
+    prepared = cpm_ant.prepare(rows, model.config)
     found = generate(
         model,
         params,
