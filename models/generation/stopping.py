@@ -81,9 +81,7 @@ def stop_strings(sequences: Sequence[Sequence[int] | str], decode: Decode | None
     """Those of the stop sequences that are strings; raises InputError where nothing decodes tokens."""
     strings = tuple(each for each in sequences if isinstance(each, str))
     if strings and decode is None:
-        raise InputError(
-            f"stop_sequences has the string {strings[0]!r}; strings need text_of=, a function from ids to text"
-        )
+        raise InputError(f"stop_sequences has the string {strings[0]!r}; strings need text_of, ids to text")
     return strings
 
 

@@ -52,9 +52,17 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p):
         assert set(np.flatnonzero(np.isfinite(out))) == kept
 
 
-def test_top_p_keeps_one_of_equals_where_one_is_enough():
-    got = np.asarray(keep_top_p(jnp.zeros((1, 4)), 0.2))
-    assert np.isfinite(got).sum() == 1
+def test_top_p_keeps_all_that_tie_with_the_last_it_needs():
+    got = np.asarray(keep_top_p(jnp.asarray([[0.0, 0.0, 1.0, -1.0], [5.0, 0.0, -0.0, 0.0]]), 0.6))
+    assert np.isfinite(got).tolist() == [[True, True, True, False], [True, False, False, False]]
+
+
+def test_thresholds_hold_for_extreme_logits():
+    """Infinities, zeros of both signs and huge numbers are ordered as floats are."""
+    row = np.asarray([[-np.inf, -3e38, -1.0, -0.0, 0.0, 1e-30, 2.0, 3e38]], np.float32)
+    for k in range(1, 9):
+        kept = np.isfinite(np.asarray(keep_top_k(jnp.asarray(row), k)))[0]
+        assert kept.tolist() == (np.isfinite(row[0]) & (row[0] >= np.sort(row[0])[-k])).tolist()
 
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 1.0])
