@@ -20,7 +20,6 @@ from .container import Tensor
 from .mapping import Index, Piece, Shape
 
 SMALL = 1 << 20  # bytes of blocks that may stay in the heap
-STRIP = 16  # rows
 Read = Callable[[str, Index], np.ndarray]
 
 
@@ -51,16 +50,30 @@ def leaf_block(
 
 
 def _copy(into: np.ndarray, values: np.ndarray, transposed: bool) -> None:
-    """Copy and convert; a matrix is transposed a few rows at a time, for which caches are large enough."""
+    """Copy and convert."""
     with np.errstate(over="ignore"):
-        if not transposed or values.ndim != 2:
+        if transposed and values.ndim == 2:
+            _copy_transposed(into, values)
+        else:
             np.copyto(into, values.T if transposed else values, casting="unsafe")
-            return
-        bits = np.dtype(f"u{into.dtype.itemsize}")  # copied faster than bfloat16
-        for start in range(0, len(values), STRIP):
-            strip = slice(start, start + STRIP)
-            converted = values[strip].astype(into.dtype, order="C", copy=False)
-            into.view(bits)[:, strip] = converted.view(bits).T
+
+
+def _copy_transposed(into: np.ndarray, values: np.ndarray) -> None:
+    """`into[...] = values.T`, converted, by tiles that fit a cache.
+
+    A tile's rows are a cache line further apart than their length: lengths are often powers of two, at which
+    all rows would share the same few lines.
+    """
+    size = into.dtype.itemsize
+    height, width, line = 16 * size, 2048, 64 // size
+    tile = np.empty((height, width + line), into.dtype)
+    bits, target = tile.view(f"u{size}"), into.view(f"u{size}")  # copied faster than bfloat16
+    for column in range(0, values.shape[1], width):
+        for row in range(0, len(values), height):
+            part = values[row : row + height, column : column + width]
+            rows, columns = part.shape
+            np.copyto(tile[:rows, :columns], part, casting="unsafe")
+            target[column : column + columns, row : row + rows] = bits[:rows, :columns].T
 
 
 def place_leaf(
@@ -98,6 +111,8 @@ def _zeros(shape: Shape, dtype: np.dtype) -> np.ndarray:
     if size < SMALL:
         return np.zeros(shape, dtype)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: a transposed copy touches many pages at once
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype).reshape(shape)
 
 
