@@ -75,10 +75,10 @@ def read_header(path: Path) -> dict[str, Stored]:
             header.pop("__metadata__", None)
             begin = LENGTH_BYTES + length
             tensors = {name: _stored(path, begin, entry) for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise damaged(path, "its header is not that of a safetensors file") from error
     for name, tensor in tensors.items():
-        _check(path, name, tensor, size)
+        _check(path, name, tensor, begin, size)
     return tensors
 
 
@@ -88,15 +88,14 @@ def damaged(path: Path, why: str) -> InputError:
 
 
 def _stored(path: Path, begin: int, entry: Mapping[str, Any]) -> Stored:
-    start, stop = entry["data_offsets"]
-    return Stored(
-        path, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), begin + start, begin + stop
-    )
+    start, stop = (begin + int(offset) for offset in entry["data_offsets"])
+    return Stored(path, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), start, stop)
 
 
-def _check(path: Path, name: str, tensor: Stored, size: int) -> None:
-    if tensor.stop > size:
-        raise damaged(path, f"tensor {name!r} ends at byte {tensor.stop}, the file at {size}")
+def _check(path: Path, name: str, tensor: Stored, begin: int, size: int) -> None:
+    if not begin <= tensor.start <= tensor.stop <= size:
+        where = f"bytes {tensor.start} to {tensor.stop}, the data at {begin} to {size}"
+        raise damaged(path, f"tensor {name!r} lies at {where}")
     if tensor.code in DTYPES:
         expected = math.prod(tensor.shape) * DTYPES[tensor.code].itemsize
         if min(tensor.shape, default=0) < 0 or tensor.stop - tensor.start != expected:

@@ -76,6 +76,7 @@ class TensorFiles:
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """A tensor, or a part, as a view of the mapped file: copy what is to be kept."""
+        self.dtype(name)  # raises for a type that cannot be read
         tensor = self._tensors[name]
         if tensor.path not in self._mapped:
             self._mapped[tensor.path] = map_file(tensor.path)
@@ -153,7 +154,7 @@ def _no_tensors(folder: Path) -> InputError:
     )
     if pickles:
         return InputError(
-            f"{folder} holds {listed(pickles)}: pickles may run any code when opened, so none is read; {convert}"
+            f"{folder} holds {listed(pickles)}: pickles may run any code when opened: none is read; {convert}"
         )
     there = f" (it holds {listed(others)})" if others else ""
     return InputError(f"{folder} has neither {SINGLE} nor {INDEX}{there}; {convert}")

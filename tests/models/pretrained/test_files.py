@@ -81,9 +81,11 @@ def with_header(path, change):
     [
         (lambda text: b"{nonsense", "not that of a safetensors file"),
         (lambda text: b"[1, 2]", "not that of a safetensors file"),
+        (lambda text: b"[" * 100_000, "not that of a safetensors file"),
+        (lambda text: text.replace(b"[0,48]", b"[-48,0]"), "tensor 'matrix' lies at bytes"),
         (lambda text: b'{"a": {"dtype": "F32"}}', "not that of a safetensors file"),
         (lambda text: text.replace(b"[3,4]", b"[3,5]"), r"'matrix' of shape [3, 5] has 48 bytes"),
-        (lambda text: text.replace(b"[0,48]", b"[0,99999]"), r"'matrix' ends at byte"),
+        (lambda text: text.replace(b"[0,48]", b"[0,99999]"), "tensor 'matrix' lies at bytes"),
     ],
 )
 def test_damaged_headers(tmp_path, change, message):
@@ -96,6 +98,33 @@ def test_a_header_longer_than_the_format_allows(tmp_path):
     path = write(tmp_path)
     path.write_bytes(struct.pack("<Q", 1 << 60) + path.read_bytes()[8:])
     assert "header ends beyond" in refused(tmp_path)
+
+
+def test_any_other_byte_in_the_header(tmp_path):
+    """Whatever stands there, the file is read or refused in one line."""
+    path = write(tmp_path)
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    numbers = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(300):
+        spoiled = bytearray(data)
+        for place in numbers.integers(0, 8 + length, 2):
+            spoiled[place] = numbers.integers(32, 127) if place >= 8 else numbers.integers(0, 256)
+        path.write_bytes(spoiled)
+        try:
+            files = TensorFiles.open(tmp_path)
+            outcomes.add("read")
+        except InputError as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+            continue
+        for name in files.names:
+            try:
+                files.read(name).tobytes()
+            except InputError:
+                outcomes.add("type")
+    assert {"read", "refused"} <= outcomes
 
 
 def test_types_that_numpy_does_not_know(tmp_path):

@@ -1,6 +1,8 @@
 """Loading, without peers: types, layouts, stacked layers, other heads, and what does not fit."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -228,3 +230,13 @@ def test_the_loaded_model_computes_what_the_saved_one_did(tiny_gpt2):
     loaded = load_pretrained(folder)
     assert np.array_equal(loaded.model.apply(loaded.params, tokens), model.apply(params, tokens))
     assert flatten_dict(loaded.params).keys() == flatten_dict(params).keys()
+
+
+def test_importing_models_loads_no_checkpoint_code_and_this_loads_no_peer():
+    code = (
+        "import sys, modicum.models as m; print('modicum.models.pretrained' in sys.modules);"
+        "import modicum.models.pretrained.load as load; load.registry.family('llama');"
+        "print(*{'torch', 'transformers', 'safetensors', 'huggingface_hub'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.split() == ["False"]

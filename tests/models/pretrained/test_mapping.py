@@ -71,6 +71,16 @@ def test_a_form_reads_what_numpy_reads(form, their_shape, ours):
     check()
 
 
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(70, 4100), (4100, 70), (1, 2049), (257, 1)])
+def test_large_matrices_are_transposed_by_tiles(kind, shape):
+    tensor = NUMBERS.random(shape, np.float32)
+    pieces = [Piece(Entry("t", "leaf", Transposed()))]
+    index = tuple(slice(0, n) for n in shape[::-1])
+    block = leaf_block(pieces, shape[::-1], index, np.dtype(kind), lambda name, where: tensor[where])
+    assert np.array_equal(block, tensor.T.astype(kind))
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_fused_projections_come_apart_and_together(heads):
     """Three leaves of one tensor: out of it and back, the same bits."""
