@@ -1,4 +1,8 @@
-"""BERT (Devlin et al., 2019), and what is shaped like it (MiniLM, and most sentence encoders)."""
+"""BERT (Devlin et al., 2019), and what is shaped like it (MiniLM, and most sentence encoders).
+
+`BertModel` ends in its pooler, `[B, D]`, so that nothing of its file is left out; with `head=None`,
+`load_pretrained` gives the hidden states `[B, T, D]`.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from modicum import InputError
 from modicum.models import ClassifierHead
 from modicum.models.pretrained import load_pretrained, save_pretrained
 
-from .oracle import change_settings, compare, perturbed, theirs, tokens, torch, transformers
+from .oracle import change_settings, compare, ours, perturbed, theirs, tokens, torch, transformers
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
 
@@ -116,6 +116,20 @@ def test_files_of_the_original_release(tmp_path):
     expected = theirs(model, inputs)[0]
     gap = np.abs(found - expected)[inputs["attention_mask"] > 0].max()
     assert gap <= 1e-4 * np.abs(expected).max()
+
+
+def test_one_label(tmp_path):
+    """Regression; PyTorch's product with one column rounds by where it lies in memory, so not to the bit."""
+    model = build("BertForSequenceClassification", num_labels=1)
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = load_pretrained(tmp_path / "theirs")
+    found, expected = ours(loaded, padded())[0], theirs(model, padded())[0]
+    assert found.shape == expected.shape == (2, 1)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    save_pretrained(tmp_path / "back", loaded.model, loaded.params, settings=loaded.settings)
+    again = type(model).from_pretrained(tmp_path / "back").eval()
+    assert again.num_labels == 1
+    assert np.abs(theirs(again, padded())[0] - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
 def test_another_head_keeps_the_pooler(tmp_path):

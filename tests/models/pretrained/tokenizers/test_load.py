@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -161,3 +162,19 @@ def test_bad_batches(pieces_folder, folder):
         tokenizer.encode_batch([])
     with pytest.raises(InputError, match="length=2 must be above 2"):
         tokenizer.encode_batch(["a"], length=2)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"})
+    (tmp_path / "spiece.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(InputError, match="pip install sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_damaged_sentencepiece_model(tmp_path):
+    pytest.importorskip("sentencepiece")
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"})
+    (tmp_path / "spiece.model").write_bytes(b"no model")
+    with pytest.raises(InputError, match="not a sentencepiece model"):
+        load_tokenizer(tmp_path)
