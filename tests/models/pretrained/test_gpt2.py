@@ -128,3 +128,33 @@ def test_options_that_cannot_be_had(oracle, tmp_path, changes, message):
     with pytest.raises(InputError, match=message) as error:
         load_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_shards_of_either_side_are_read_by_the_other(oracle, tmp_path):
+    model, inputs = gpt2(oracle), {"input_ids": oracle.tokens(97)}
+    expected = oracle.theirs(model, inputs)[0]
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 2
+    loaded = load_pretrained(tmp_path / "theirs")
+    oracle.save_pretrained(
+        tmp_path / "ours", loaded.model, loaded.params, settings=loaded.settings, max_shard_bytes=20_000
+    )
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 2
+    assert (oracle.oracle_on(tmp_path / "ours", model, inputs) == expected).all()
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_half_precision_files_of_the_oracle(oracle, tmp_path, kind):
+    """Read as they are and as float32, and the oracle reads ours with the type that they have."""
+    torch = oracle.torch
+    model = gpt2(oracle).to(getattr(torch, kind))
+    model.save_pretrained(tmp_path / "theirs")
+    weight = model.transformer.h[0].mlp.c_fc.weight.detach()
+    for dtype in ("float32", kind):
+        loaded = load_pretrained(tmp_path / "theirs", dtype=dtype)
+        ours = loaded.params["layers_0"]["mlp"]["up"]["kernel"]
+        assert ours.dtype == dtype and np.array_equal(np.asarray(ours, np.float32), weight.float().numpy())
+        oracle.save_pretrained(tmp_path / dtype, loaded.model, loaded.params, settings=loaded.settings)
+        again = type(model).from_pretrained(tmp_path / dtype)
+        assert again.dtype == getattr(torch, dtype)
+        assert torch.equal(again.transformer.h[0].mlp.c_fc.weight.float(), weight.float())
