@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,9 @@ class Generate:
         sampling = self._sampling()
         cache_compilations()
         speaker = open_language_model(self.model, self.dtype)
-        if self.beams > 1:
+        if speaker.reads_json:
+            self._answer(speaker, texts)
+        elif self.beams > 1:
             self._search(speaker, texts)
         elif len(texts) == 1 and self.prompts is None:
             self._stream(speaker, texts[0], sampling)
@@ -112,7 +115,8 @@ class Generate:
 
         ids = encoded(speaker, [text])[0]
         clock = Clock()
-        tokens = stream(speaker.model, speaker.params, ids, **self._options(speaker, sampling))
+        rows, more = speaker.prompts([ids])
+        tokens = stream(speaker.model, speaker.params, rows[0], **more, **self._options(speaker, sampling))
         if speaker.start is None:
             print(text, end="", flush=True)
         for piece in stream_text(speaker.tokenizer, clock.count(tokens)):
@@ -124,18 +128,34 @@ class Generate:
     def _batch(self, speaker: LanguageModel, texts: Sequence[str], sampling: Sampling) -> None:
         from ...models.generation import generate
 
-        rows = encoded(speaker, texts)
-        made = generate(speaker.model, speaker.params, rows, **self._options(speaker, sampling))
+        rows, more = speaker.prompts(encoded(speaker, texts))
+        made = generate(speaker.model, speaker.params, rows, **more, **self._options(speaker, sampling))
         for text, row in zip(texts, made.rows()):
             show(speaker, text, row)
+
+    def _answer(self, speaker: LanguageModel, texts: Sequence[str]) -> None:
+        """Print tasks in JSON with their answers in place, as CPM-Bee reads and writes them."""
+        from ...models.pretrained.cpm import BeeTokenizer, answer
+
+        assert isinstance(speaker.tokenizer, BeeTokenizer)
+        if self.beams > 1 or self.temperature or self.stop:
+            raise InputError(
+                "CPM-Bee's answers are its likeliest: leave out --beams, --temperature and --stop"
+            )
+        tasks = [task(text) for text in texts]
+        limit = self.max_new_tokens
+        for found in answer(speaker.model, speaker.params, speaker.tokenizer, tasks, max_new_tokens=limit):
+            print(json.dumps(found.data, ensure_ascii=False), flush=True)
 
     def _search(self, speaker: LanguageModel, texts: Sequence[str]) -> None:
         from ...models.generation import beam_search
 
+        rows, more = speaker.prompts(encoded(speaker, texts))
         found = beam_search(
             speaker.model,
             speaker.params,
-            encoded(speaker, texts),
+            rows,
+            **more,
             beams=self.beams,
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=self.min_new_tokens,
@@ -144,6 +164,17 @@ class Generate:
         )
         for text, tokens, lengths in zip(texts, found.tokens, found.lengths):
             show(speaker, text, tokens[0, : lengths[0]])
+
+
+def task(text: str) -> Any:
+    """A prompt as JSON; raises `InputError` for one that is none."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        example = '{"input": "...", "<ans>": ""}'
+        raise InputError(
+            f"prompt {text!r} is not JSON: {error}; CPM-Bee reads tasks such as {example}"
+        ) from error
 
 
 def encoded(speaker: LanguageModel, texts: Sequence[str]) -> list[list[int]]:

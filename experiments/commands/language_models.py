@@ -11,6 +11,7 @@ from ... import InputError
 
 if TYPE_CHECKING:
     from ...models.model import Params
+    from ...models.pretrained import Pretrained
     from ...models.pretrained.tokenizers import Tokenizer
     from ...models.transformer import Transformer
 
@@ -20,6 +21,7 @@ class LanguageModel:
     """A model with its parameters and tokenizer.
 
     `stops` are the ids that end a text; `start` is the id that the decoder of an encoder-decoder starts with.
+    `pretrained` is the published checkpoint, if it is one.
     """
 
     model: Transformer
@@ -27,6 +29,21 @@ class LanguageModel:
     tokenizer: Tokenizer
     stops: tuple[int, ...]
     start: int | None = None
+    pretrained: Pretrained | None = None
+
+    @property
+    def reads_json(self) -> bool:
+        """Whether its prompts are tasks in JSON, and no texts to be continued."""
+        from ...models.pretrained.cpm import BeeTokenizer
+
+        return isinstance(self.tokenizer, BeeTokenizer)
+
+    def prompts(self, rows: list[list[int]]) -> tuple[Any, dict[str, Any]]:
+        """Tokens for `generate` and what else it is to be given of them (CPM-Ant, ChatGLM)."""
+        prepared = None if self.pretrained is None else self.pretrained.prepare(rows)
+        if prepared is None:
+            return rows, {}
+        return prepared.tokens, {"segments": prepared.segments, "inputs": prepared.inputs}
 
 
 def is_published(path: str) -> bool:
@@ -74,7 +91,7 @@ def _published(path: str, dtype: str) -> LanguageModel:
     start = told.get("decoder_start_token_id")
     if pretrained.model.config.kind == "encoder-decoder" and start is None:
         raise InputError(f"{path}: config.json has no decoder_start_token_id, with which its decoder begins")
-    return LanguageModel(pretrained.model, pretrained.params, tokenizer, ends, start)
+    return LanguageModel(pretrained.model, pretrained.params, tokenizer, ends, start, pretrained)
 
 
 def _generation_settings(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ before the softmax and multiplies them again, against overflow in float16: the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import isclose, sqrt
 from typing import Any
 
@@ -133,6 +133,13 @@ def _index(row: np.ndarray, token: int, number: int, name: str) -> int:
     return int(found[0])
 
 
+def prepare_with(rows: Ids, config: TransformerConfig, settings: Mapping[str, Any]) -> Prepared:
+    """`prepare` with the special tokens that config.json names."""
+    names = {"bos_token_id": BOS, "mask_token_id": MASK, "gmask_token_id": GMASK}
+    bos, mask, gmask = (int(settings.get(name, own)) for name, own in names.items())
+    return prepare(rows, bos=bos, mask=mask, gmask=gmask)
+
+
 FAMILIES = (
     Family(
         name="chatglm",
@@ -146,5 +153,6 @@ FAMILIES = (
         entries=entries,
         prefixes=("transformer.",),
         buffers=(r"rotary_emb\.inv_freq$",),
+        prepare=prepare_with,
     ),
 )

@@ -226,6 +226,7 @@ FAMILIES = (
         entries=entries,
         prefixes=("cpmant.",),
         bare=("CpmAntModel",),
+        prepare=lambda rows, config, settings: prepare(rows, config),
     ),
     Family(
         name="cpm-live-ant",
@@ -233,5 +234,6 @@ FAMILIES = (
         read=read_live,
         write=write_live,
         entries=entries_live,
+        prepare=lambda rows, config, settings: prepare(rows, config),
     ),
 )

@@ -9,7 +9,7 @@ to its configuration as config.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -19,7 +19,9 @@ from .. import ExtendedHead, GatedMLP, GroupedQuery, PreNorm, RMSNorm, Transform
 from ..heads import Head
 from .cpm_ant import masked_modules, stack, write_masked_modules
 from .family import Family, choice
-from .mapping import Entry, Rows
+from .mapping import Entry
+from .mapping import Rows as Part
+from .prepared import Prepared, Rows
 from .settings import Settings
 
 DIVISOR = 1.05  # of the residual stream after each sublayer (`cpm_live/layers/blocks.py`)
@@ -78,9 +80,14 @@ def write(keys: dict[str, str], config: TransformerConfig, architecture: str) ->
 
 def entries(prefix: str, config: TransformerConfig, head: Head | None) -> Iterator[Entry]:
     """The tensors under names that begin with `prefix`."""
-    words = Rows(0, config.vocab)
+    words = Part(0, config.vocab)
     yield Entry(f"{prefix}input_embedding.weight", "embedding/table", words, ("lm_head.weight",))
     yield from stack(config, prefix)
+
+
+def refuse_text(rows: Rows, config: TransformerConfig, settings: Mapping[str, Any]) -> Prepared:
+    """Raises `InputError`: what CPM-Bee reads is no text."""
+    raise InputError("CPM-Bee reads tasks in JSON, not rows of ids; use modicum.models.pretrained.cpm.answer")
 
 
 def _family(name: str, architecture: str, keys: dict[str, str], prefix: str) -> Family:
@@ -92,6 +99,7 @@ def _family(name: str, architecture: str, keys: dict[str, str], prefix: str) -> 
         entries=partial(entries, prefix),
         prefixes=(prefix,) if prefix else (),
         buffers=(r"inv_freq$",),
+        prepare=refuse_text,
     )
 
 

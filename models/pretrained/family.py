@@ -14,6 +14,7 @@ from ... import InputError
 from .. import TransformerConfig
 from ..heads import Head
 from .mapping import Entry
+from .prepared import Prepared, Rows
 from .settings import Settings
 
 Choice = TypeVar("Choice")
@@ -50,6 +51,8 @@ class Family:
     extras         of names of parts that have no counterpart here and that no supported output needs (the
                    next-sentence classifier beside BERT's masked-word head): reported in `left_out`
     renamed        (regular expression, replacement) for names of older files, applied first
+    prepare        rows of ids, configuration and config.json to prompts with their positions and mask; None
+                   where a prompt is its ids
     """
 
     name: str
@@ -62,6 +65,7 @@ class Family:
     buffers: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    prepare: Callable[[Rows, TransformerConfig, Mapping[str, Any]], Prepared] | None = None
 
     def head(self, architecture: str, settings: Settings) -> Head | None:
         """The head of an architecture; raises `InputError` that lists those there are."""

@@ -28,6 +28,7 @@ from .family import Family
 from .files import TensorFiles, listed, locate
 from .mapping import place
 from .match import Matched, match
+from .prepared import Prepared, Rows
 from .settings import Settings
 
 OWN: Literal["own"] = "own"
@@ -48,6 +49,14 @@ class Pretrained:
     folder: Path
     left_out: tuple[str, ...] = ()
     initialised: tuple[str, ...] = ()
+
+    def prepare(self, rows: Rows) -> Prepared | None:
+        """Prompts with what the model has to know of them beside their ids; None where that is nothing.
+
+        CPM-Ant's own prompt, ChatGLM's positions. Raises `InputError` for rows that are no prompts.
+        """
+        own = registry.family(self.settings["model_type"]).prepare
+        return None if own is None else own(rows, self.model.config, self.settings)
 
 
 def load_pretrained(

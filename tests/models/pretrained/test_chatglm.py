@@ -234,3 +234,9 @@ def test_options_that_cannot_be_had(folder, tmp_path, changes, message):
 def test_prompts_need_their_special_tokens(row, message):
     with pytest.raises(InputError, match=message):
         chatglm.prepare([row], **SPECIAL)
+
+
+def test_a_loaded_model_prepares_with_its_own_special_tokens(pretrained):
+    one, two = pretrained.prepare(ROWS), chatglm.prepare(ROWS, **SPECIAL)
+    np.testing.assert_array_equal(one.positions, two.positions)
+    np.testing.assert_array_equal(one.tokens, two.tokens)

@@ -331,3 +331,8 @@ def test_positions_are_a_pytree_of_a_row(tokenizer):
     batch = left_padded([encode(TASKS[0], tokenizer)], tokenizer)
     assert isinstance(batch.positions, TreePositions)
     assert {leaf.shape[:2] for leaf in jax.tree.leaves(batch.positions)} == {batch.tokens.shape}
+
+
+def test_rows_of_ids_are_no_prompts(pretrained):
+    with pytest.raises(InputError, match="CPM-Bee reads tasks in JSON, not rows of ids"):
+        pretrained.prepare([[6, 14]])
