@@ -19,8 +19,9 @@ from .prompts import unrolled
 from .sampling import Sampling
 from .stopping import NOTHING, REASONS, RUNNING, Decode
 
-CHUNK = 16
-"""Steps between two looks at the text, where strings end rows: up to this many tokens are thrown away."""
+CHUNK, DISPATCH = 16, 64
+"""Steps of one dispatch: between two looks at the text, where strings end rows (up to so many tokens are
+thrown away); and otherwise, where only an interruption from the keyboard has to wait for its end."""
 
 
 class Options(TypedDict, total=False):
@@ -94,7 +95,7 @@ def generate(
     """
     job = Job(*unrolled(model, params), tokens, max_new_tokens, **options)
     while job.unfinished:
-        job.advance(CHUNK if job.strings else max_new_tokens)
+        job.advance(CHUNK if job.strings else DISPATCH)
     new, lengths, reasons = job.outcome()
     new = np.where(np.arange(lengths.max()) < lengths[:, None], new[:, : lengths.max()], pad_token)
     return Generated(new.astype(np.int32), lengths, tuple(REASONS[int(reason)] for reason in reasons))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import struct
+from flax.linen import module as linen
 
 from ... import InputError
 from ...parallel import Layout
@@ -97,6 +98,11 @@ def _check_model(model: Transformer) -> None:
         )
     if config.scan:
         raise InputError("decoding runs on unrolled layers, scan=True here; call generation.unrolled first")
+    if getattr(linen, "_global_interceptor_stack", None):
+        raise InputError(
+            "an interceptor is active around generation, whose programs are compiled once and kept; "
+            "enter it inside the apply of a class derived from Transformer"
+        )
 
 
 def _rows(tokens: Tokens, segments: Any, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,10 @@
 """Decoding with a cache gives the tokens that the model prefers when it reads the whole text anew."""
 
 import importlib.util
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +111,38 @@ def test_token_types_positions_and_masks_reach_the_model():
             logits = forward(params, text[0], **rest)[0, end - 1]
             text[:, 0, end] = int(logits.argmax()), text[1, 0, end - 1], text[2, 0, end - 1] + 1
         assert got.tokens[row].tolist() == text[0, 0, length : length + 6].tolist()
+
+
+@dataclass(frozen=True)
+class Silenced(Transformer):
+    """The first layer's attention adds nothing."""
+
+    def apply(self, params, *args, **kwargs):
+        def silence(call, args, kwargs, context):
+            inside = context.module.path[:2] == ("layers_0", "attention") and len(context.module.path) == 2
+            out = call(*args, **kwargs)
+            return out * 0 if inside and context.method_name == "__call__" else out
+
+        with nn.intercept_methods(silence):
+            return super().apply(params, *args, **kwargs)
+
+
+def test_interceptors_act_from_within_the_model_only(small):
+    """Around the call they would be compiled into a program that stays."""
+    model, params = small
+    prompts = tiny.ragged(4, 7)
+    plain = generate(model, params, prompts, max_new_tokens=6).tokens.tolist()
+    edited = Silenced(model.config)
+    got = generate(edited, params, prompts, max_new_tokens=6)
+    for row, prompt in enumerate(prompts):
+        assert got.tokens[row].tolist() == oracle.slow_greedy(edited, params, prompt, 6)[0]
+    assert got.tokens.tolist() != plain
+    assert generate(model, params, prompts, max_new_tokens=6).tokens.tolist() == plain
+    with (
+        nn.intercept_methods(lambda call, args, kwargs, context: call(*args, **kwargs)),
+        pytest.raises(InputError, match="interceptor"),
+    ):
+        generate(model, params, prompts, max_new_tokens=6)
 
 
 def test_a_mask_may_be_made_of_the_padded_segments():
