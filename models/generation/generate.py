@@ -17,7 +17,7 @@ from .job import Job
 from .padding import Tokens, is_single
 from .prompts import unrolled
 from .sampling import Sampling
-from .stopping import NOTHING, REASONS, RUNNING, Decode
+from .stopping import NOTHING, REASONS, Decode
 
 CHUNK, DISPATCH = 16, 64
 """Steps of one dispatch: between two looks at the text, where strings end rows (up to so many tokens are
@@ -117,17 +117,17 @@ def stream(
 def _steps(job: Job) -> Iterator[np.ndarray]:
     """The new tokens `[B]` of each step; the device works on the next one while the caller has this one."""
     tokens, _, reasons = job.outcome()
-    latest, ended = tokens[:, 0], reasons != RUNNING
-    while job.count < job.limit and not ended.all():
+    latest, running = tokens[:, 0], job.running(reasons)
+    while job.count < job.limit and running.any():
         if job.strings:  # the text decides what comes next
             job.advance(1)
             yield latest
             tokens, lengths, _ = job.outcome()
             latest = np.where(lengths == job.count, tokens[:, job.count - 1], NOTHING)
-            ended = on_host(job.state.reasons)[: job.rows] != RUNNING
+            running = job.running(on_host(job.state.reasons))
         else:
             following = job.dispatch(1)
             yield latest
-            latest, ended = (each[: job.rows] for each in on_host(following))
-            ended = ended != RUNNING
+            latest, reasons = on_host(following)
+            latest, running = latest[: job.rows], job.running(reasons)
     yield latest

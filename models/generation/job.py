@@ -21,7 +21,7 @@ from .stopping import RUNNING, STOP_SEQUENCE, Decode, first_stop, make_stops, st
 
 
 class Job:
-    """Prefilled prompts that `advance` continues; `ended` says which rows have come to their end."""
+    """Prefilled prompts that `advance` continues; in rows where `ended`, the host has seen an end."""
 
     def __init__(
         self,
@@ -75,8 +75,7 @@ class Job:
             capacity=prepared.capacity,
             layout=self.layout,
         )
-        if filled > self.rows:
-            self._end(np.arange(filled) >= self.rows)
+        self.ended = np.arange(filled) >= self.rows  # rows that fill up the mesh
         self._look()
 
     def advance(self, steps: int) -> None:
@@ -94,6 +93,7 @@ class Job:
             self.stops,
             self.numbers,
             np.int32(self.count),
+            self.ended,
             layout=self.layout,
         )
         return token, reasons
@@ -103,13 +103,17 @@ class Job:
         """Whether any row can go on."""
         if self.count >= self.limit:
             return False
-        return bool((on_host(self.state.reasons)[: self.rows] == RUNNING).any())
+        return bool(self.running(on_host(self.state.reasons)).any())
+
+    def running(self, reasons: np.ndarray) -> np.ndarray:
+        """Which rows have not come to their end, bool `[B]`, by the device's `reasons` and by their text."""
+        return (reasons == RUNNING)[: self.rows] & ~self.ended[: self.rows]
 
     def outcome(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The new tokens `[B, N]`, how many each row has `[B]`, and why it ended `[B]`."""
         state = on_host((self.state.tokens, self.state.lengths, self.state.reasons))
         tokens, lengths, reasons = (each[: self.rows] for each in state)
-        reasons = np.where(self.cuts < lengths, STOP_SEQUENCE, reasons)
+        reasons = np.where(self.ended[: self.rows], STOP_SEQUENCE, reasons)
         return tokens[:, self.stops.span :], np.minimum(lengths, self.cuts), reasons
 
     def _look(self) -> None:
@@ -117,20 +121,11 @@ class Job:
         if not self.strings or self.text_of is None:
             return
         tokens, lengths, _ = self.outcome()
-        found = np.zeros(len(self.state.reasons), bool)
-        for row in np.flatnonzero(self.cuts == self.limit):
+        for row in np.flatnonzero(~self.ended[: self.rows]):
             own = tokens[row, : lengths[row]].tolist()
             stop = first_stop(own, self.strings, self.text_of, self.first)
             if stop is not None:
-                self.cuts[row], found[row] = stop, True
-        if found.any():
-            self._end(found)
-
-    def _end(self, rows: np.ndarray) -> None:
-        """Let rows (bool `[B]`) end where they are."""
-        reasons = np.where(rows & (on_host(self.state.reasons) == RUNNING), STOP_SEQUENCE, self.state.reasons)
-        placed = jax.device_put(reasons.astype(np.int32), self.state.reasons.sharding)
-        self.state = self.state.replace(reasons=placed)
+                self.cuts[row], self.ended[row] = stop, True
 
 
 def row_keys(sampling: Sampling, rng: jax.Array | None, rows: int) -> jax.Array | None:

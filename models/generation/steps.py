@@ -23,7 +23,7 @@ from ..model import Params
 from ..transformer import Transformer
 from .prompts import Prompt
 from .sampling import Numbers, draw, forbid, penalise_repetition
-from .stopping import NOTHING, RUNNING, Stops
+from .stopping import NOTHING, RUNNING, STOP_SEQUENCE, Stops
 
 
 @struct.dataclass
@@ -150,11 +150,13 @@ def decode(
     stops: Stops,
     numbers: Numbers,
     until: jax.Array,
+    ended: jax.Array,
     *,
     layout: Layout | None = None,
 ) -> tuple[State, jax.Array, jax.Array]:
     """Write tokens until there are `until` or every row has ended: the state, the last tokens, the reasons.
 
+    Rows where `ended [B]` is true end where they are: the host has seen that their text is complete.
     The state is donated: the cache is changed in place. The last tokens and reasons `[B]` are arrays of their
     own, to be read while the next step runs.
     """
@@ -168,6 +170,8 @@ def decode(
         )
         return _append(state.replace(memory=memory), logits, stops, numbers)  # type: ignore[attr-defined]
 
+    reasons = jnp.where(ended & (state.reasons == RUNNING), STOP_SEQUENCE, state.reasons)
+    state = state.replace(reasons=reasons)  # type: ignore[attr-defined]
     state = lax.while_loop(unfinished, step, state)
     return state, last_token(state, stops), state.reasons
 

@@ -67,6 +67,17 @@ def test_stopping_rules_are_not_part_of_a_program(small):
     assert programs() == (2, 2)
 
 
+def test_strings_cost_no_program(small):
+    """They are looked for on the host, every few steps; streaming looks at each."""
+    options = {"max_new_tokens": 40, "text_of": lambda ids: "".join(map(chr, ids))}
+    text = options["text_of"](generate(*small, [row(5)], max_new_tokens=40).tokens[0])
+    before = programs()
+    for string in (text[3:5], text[20:22], "no"):
+        generate(*small, [row(5)], stop_sequences=[string], **options)
+        list(stream(*small, row(5), stop_sequences=[string], **options))
+    assert added(before) == (0, 0)
+
+
 def test_beam_search_is_one_program_per_bucket(small):
     for length, new, penalty in [(3, 5, 1.0), (9, 7, 0.0), (14, 2, -1.0)]:
         beam_search(*small, [row(length)], max_new_tokens=new, beams=3, length_penalty=penalty)
@@ -79,7 +90,7 @@ def test_the_cache_is_changed_in_place(small):
 
     job = Job(*small, [row(5)], 100)
     compiled = decode.lower(
-        job.model, job.params, job.state, job.stops, job.numbers, np.int32(4), layout=None
+        job.model, job.params, job.state, job.stops, job.numbers, np.int32(4), job.ended, layout=None
     ).compile()
     memory = compiled.memory_analysis()
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(job.state) if hasattr(leaf, "nbytes"))
