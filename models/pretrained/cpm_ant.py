@@ -9,7 +9,7 @@ as config.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import sqrt
 from typing import Any
 
@@ -27,10 +27,10 @@ from .. import (
     TransformerConfig,
 )
 from ..heads import Head
-from ..kernels import Full
+from ..kernels import Full, Mask
 from .family import Family, choice
 from .mapping import Entry, Rows, Transposed, linear, norm
-from .prepared import Prepared, checked, padded
+from .prepared import Prepared, checked, given_first, padded
 from .prepared import Rows as Ids
 from .settings import Settings
 
@@ -193,14 +193,20 @@ def _mlp(theirs: str, ours: str) -> Iterator[Entry]:
         yield from linear(f"{theirs}.ffn.{name}", f"{ours}/mlp/{own}", bias=False)
 
 
-def prepare(rows: Ids, config: TransformerConfig, *, task: int = TASK) -> Prepared:
+def prepare(
+    rows: Ids, config: TransformerConfig, *, task: int = TASK, given: Sequence[int] | None = None
+) -> Prepared:
     """Rows of ids with the prompt of `task` before each, for a text to be read and continued.
 
     The prompt is segment 0, the text segment 2, and so are the tokens generated after it; all that is given
-    sees all that is given. `transformers`' class does this within its forward pass, with the padding between
-    prompt and text: no distance is taken across segments, so here it stands before both.
+    sees all that is given. With `given`, only so many tokens of each row are: those after them see what is
+    given and what is before them, as where they are to be learned or were generated.
 
-    Raises `InputError` for rows that are no ids and for a task that the model has no prompt of.
+    `transformers`' class does this within its forward pass, with the padding between prompt and text. No
+    distance is taken across segments, so here it stands before both.
+
+    Raises `InputError` for rows that are no ids, for a task that the model has no prompt of and where `given`
+    does not fit the rows.
     """
     prompt_length = choice(config, "positions", SegmentRelations).prompt_length
     tasks = config.input_rows // prompt_length
@@ -214,7 +220,24 @@ def prepare(rows: Ids, config: TransformerConfig, *, task: int = TASK) -> Prepar
     segments = padded([np.ones_like(row) for row in tokens])
     index = np.broadcast_to(np.arange(segments.shape[1], dtype=np.int32), segments.shape)
     positions = SegmentPositions(index, padded(kinds))  # type: ignore[arg-type]
-    return Prepared(padded(tokens), segments, positions, lambda segments: Full(), prompt_length)
+    after = _not_given(rows, given)
+
+    def mask(segments: Any) -> Mask:
+        width = segments.shape[1]
+        return given_first(np.arange(width) < width - after[:, None]) if after.any() else Full()
+
+    return Prepared(padded(tokens), segments, positions, mask, prompt_length)
+
+
+def _not_given(rows: Ids, given: Sequence[int] | None) -> np.ndarray:
+    """How many tokens at the end of each row are not given, `[B]`."""
+    lengths = np.array([len(row) for row in rows])
+    counts = lengths if given is None else np.asarray(given)
+    if counts.shape != lengths.shape or (counts < 0).any() or (counts > lengths).any():
+        raise InputError(
+            f"given is {counts.tolist()} for rows of {lengths.tolist()} tokens; at most these are valid"
+        )
+    return lengths - counts
 
 
 FAMILIES = (

@@ -236,6 +236,28 @@ def test_tokens_are_those_of_generate(oracle, tmp_path):
         logits, cache = read(params, token[:, None], positions=positions, cache=cache, last=True)
 
 
+def test_what_is_not_given_is_read_as_it_is_generated(oracle, tmp_path):
+    """With `given`, one pass has the logits of decoding those tokens one by one."""
+    ant(oracle).save_pretrained(tmp_path)
+    pretrained = load_pretrained(tmp_path)
+    model, params, ids = pretrained.model, pretrained.params, rows()
+    more = np.array([[5, 9, 30], [7, 7, 2]])
+    whole = [[*row, *new] for row, new in zip(ids, more.tolist())]
+    prepared = cpm_ant.prepare(whole, model.config, given=LENGTHS)
+    logits = np.asarray(model.apply(params, prepared.tokens, **prepared.arguments))
+    start = cpm_ant.prepare(ids, model.config)
+    cache, positions = Cache.empty(2, start.tokens.shape[1] + 3), start.positions
+    one, cache = model.apply(params, start.tokens, cache=cache, last=True, **start.arguments)
+    read = jax.jit(model.apply, static_argnames=("last",))
+    for step in range(4):
+        np.testing.assert_allclose(logits[:, step - 4, :61], one[:, 0, :61], atol=1e-4)
+        if step < 3:
+            positions = model.config.positions.advance(positions)
+            one, cache = read(params, more[:, step, None], positions=positions, cache=cache, last=True)
+    with pytest.raises(InputError, match=r"given is \[20, 3\] for rows of \[14, 9\] tokens"):
+        cpm_ant.prepare(ids, model.config, given=[20, 3])
+
+
 @pytest.mark.parametrize(
     ("ids", "task", "message"),
     [

@@ -104,7 +104,11 @@ def test_on_a_mesh(written, mesh, scan):
         ("CPMAnt", replace(ANT, scaled_linears=False), "scaled_linears=False"),
         ("CPMAnt", replace(ANT, positions=TreeRelations()), "positions=TreeRelations"),
         ("CPMBee", replace(BEE, residual=PreNorm()), "residual is PreNorm"),
-        ("CPMBee", replace(BEE, pattern=(Layer(mlp=GatedMLP(8, "gelu")), Layer())), "cannot express this model: layer_0="),
+        (
+            "CPMBee",
+            replace(BEE, pattern=(Layer(mlp=GatedMLP(8, "gelu")), Layer())),
+            "cannot express this model: layer_0=",
+        ),
         (
             "ChatGLMModel",
             replace(GLM, residual=NormedResidual(1.0)),
