@@ -26,7 +26,7 @@ from ..transformer import Transformer
 from .padding import Tokens
 from .prompts import Prompt, prepare, unrolled
 from .sampling import Sampling, forbid, penalise_repetition
-from .steps import Memory, read_prompt, read_token, seen_in
+from .steps import Memory, held, read_prompt, read_token, seen_in
 from .stopping import NOTHING, RUNNING, Stops, make_stops, stop_strings
 
 RULED_OUT = -1e9
@@ -196,14 +196,15 @@ def search(
         latest = lax.dynamic_index_in_dim(
             state.running.tokens, rules.stops.span + state.count - 1, 2, keepdims=False
         )
-        logits, memory = read_token(model, params, latest.reshape(-1), state.memory, layout)
-        return choose(state.replace(memory=memory), logits)  # type: ignore[attr-defined]
+        logits, memory = read_token(model, params, latest.reshape(-1), state.memory)
+        state = state.replace(memory=memory)  # type: ignore[attr-defined]
+        return held(choose(state, logits), layout)
 
     def unfinished(state: Search) -> jax.Array:
         full = state.complete.all() & (early_stopping is True)
         return state.hopeful.any() & ~full & ~state.over
 
-    return lax.while_loop(unfinished, step, choose(start, logits[repeated])).ended
+    return lax.while_loop(unfinished, step, held(choose(start, logits[repeated]), layout)).ended
 
 
 def _start(rows: int, beams: int, columns: int, memory: Memory, seen: jax.Array | None) -> Search:

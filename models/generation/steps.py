@@ -8,7 +8,7 @@ long either way (GPT-2 small: 30 ms); waiting for each costs 1 ms more, which is
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from ..transformer import Transformer
 from .prompts import Prompt
 from .sampling import Numbers, draw, forbid, penalise_repetition
 from .stopping import NOTHING, RUNNING, STOP_SEQUENCE, Stops
+
+Tree = TypeVar("Tree")
 
 
 @struct.dataclass
@@ -77,11 +79,11 @@ def read_prompt(
     cache = cache.replace(length=jnp.asarray(cache.length, jnp.int32))
     positions = None if prompt.positions is None else model.config.positions.advance(prompt.positions)
     types = None if prompt.token_types is None else prompt.token_types[:, -1:]
-    return _scores(model, logits), Memory(held(cache, layout), positions, types)
+    return _scores(model, logits), Memory(cache, positions, types)
 
 
 def read_token(
-    model: Transformer, params: Params, token: jax.Array, memory: Memory, layout: Layout | None
+    model: Transformer, params: Params, token: jax.Array, memory: Memory
 ) -> tuple[jax.Array, Memory]:
     """Logits `[B, V]` after one more token `[B]` a row, and the memory with it."""
     given = {"positions": memory.positions}
@@ -96,28 +98,33 @@ def read_token(
     positions = None
     if memory.positions is not None:
         positions = model.config.positions.advance(memory.positions)
-    return _scores(model, logits), Memory(held(cache, layout), positions, memory.token_types)
+    return _scores(model, logits), Memory(cache, positions, memory.token_types)
 
 
 def _scores(model: Transformer, logits: jax.Array) -> jax.Array:
     return logits[:, -1, : model.config.vocab].astype(jnp.float32)
 
 
-def held(cache: Cache, layout: Layout | None) -> Cache:
-    """The cache held, in a traced function, with rows over the data axes and heads over tensor."""
-    if layout is None or layout.mesh.size == 1:
-        return cache
+def held(tree: Tree, layout: Layout | None) -> Tree:
+    """Arrays `[B, ...]` held, in a traced function, with rows over the data axes; scalars on all devices.
 
-    def hold(x: jax.Array, *names: str) -> jax.Array:
-        axes = [split_axes(layout.rules.mesh_axes(name), layout.mesh) for name in names]
+    Keys and values also have their heads over tensor, where these divide. Programs hold all that they return,
+    so that the next step finds it where its own program expects it.
+    """
+    if layout is None or layout.mesh.size == 1:
+        return tree
+
+    def hold(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        axes = [split_axes(layout.rules.mesh_axes(name), layout.mesh) for name in names[: x.ndim]]
         axes = [each if not size % ways(layout.mesh, each) else () for each, size in zip(axes, x.shape)]
         return lax.with_sharding_constraint(x, NamedSharding(layout.mesh, make_spec(axes)))
 
-    def hold_entries(entry: KeyValues) -> KeyValues:
-        return jax.tree.map(lambda x: hold(x, "batch", "kv_heads"), entry)
+    def hold_each(part: Any) -> Any:
+        if isinstance(part, KeyValues):
+            return jax.tree.map(lambda x: hold(x, ("batch", "kv_heads")), part)
+        return hold(part, ("batch",))
 
-    entries = jax.tree.map(hold_entries, cache.entries, is_leaf=lambda x: isinstance(x, KeyValues))
-    return cache.replace(entries=entries, segments=hold(cache.segments, "batch"))  # type: ignore[attr-defined]
+    return jax.tree.map(hold_each, tree, is_leaf=lambda part: isinstance(part, KeyValues))
 
 
 @partial(jax.jit, static_argnames=("model", "capacity", "layout"))
@@ -139,7 +146,7 @@ def prefill(
     zero = jnp.zeros(rows, jnp.int32)
     seen = seen_in(prompt, model.config.vocab) if "repetition_penalty" in numbers else None
     state = State(memory, tokens, jnp.int32(0), zero, zero + RUNNING, keys, seen)
-    return _append(state, logits, stops, numbers)
+    return held(_append(state, logits, stops, numbers), layout)
 
 
 @partial(jax.jit, static_argnames=("model", "layout"), donate_argnames=("state",))
@@ -165,14 +172,14 @@ def decode(
         return (state.count < until) & (state.reasons == RUNNING).any()
 
     def step(state: State) -> State:
-        logits, memory = read_token(
-            model, params, jnp.maximum(last_token(state, stops), 0), state.memory, layout
-        )
-        return _append(state.replace(memory=memory), logits, stops, numbers)  # type: ignore[attr-defined]
+        token = jnp.maximum(last_token(state, stops), 0)
+        logits, memory = read_token(model, params, token, state.memory)
+        state = state.replace(memory=memory)  # type: ignore[attr-defined]
+        return held(_append(state, logits, stops, numbers), layout)
 
     reasons = jnp.where(ended & (state.reasons == RUNNING), STOP_SEQUENCE, state.reasons)
     state = state.replace(reasons=reasons)  # type: ignore[attr-defined]
-    state = lax.while_loop(unfinished, step, state)
+    state = held(lax.while_loop(unfinished, step, state), layout)
     return state, last_token(state, stops), state.reasons
 
 

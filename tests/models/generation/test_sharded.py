@@ -7,6 +7,7 @@ import pytest
 from modicum import InputError
 from modicum.models.generation import Sampling, beam_search, generate, stream
 from modicum.models.generation.job import Job
+from modicum.models.generation.steps import decode, prefill
 from modicum.models.kernels import Prefix
 from modicum.parallel import Layout, MeshShape, make_mesh
 
@@ -81,3 +82,22 @@ def test_a_split_length_is_refused(small):
     layout, params = spread(small, context=2)
     with pytest.raises(InputError, match="context=2"):
         generate(small[0], params, PROMPTS, max_new_tokens=2, layout=layout)
+
+
+def test_programs_on_a_mesh_are_compiled_once(small, caplog):
+    """What a step returns lies where it was: the next one is the same program."""
+    layout, params = spread(small, data=2, tensor=2)
+
+    def compiled(temperature, new):
+        caplog.clear()
+        options = {"sampling": Sampling(temperature), "rng": jax.random.key(0), "max_new_tokens": new}
+        with jax.log_compiles(True):
+            list(stream(small[0], params, PROMPTS, layout=layout, **options))
+            generate(small[0], params, PROMPTS, layout=layout, **options)
+        messages = [record.getMessage() for record in caplog.records]
+        return [text for text in messages if "Compiling" in text and ("prefill" in text or "decode" in text)]
+
+    prefill.clear_cache()
+    decode.clear_cache()
+    assert len(compiled(1.0, 6)) == 2
+    assert compiled(0.5, 9) == []
