@@ -138,13 +138,11 @@ class Generate:
         from ...models.pretrained.cpm import BeeTokenizer, answer
 
         assert isinstance(speaker.tokenizer, BeeTokenizer)
-        if self.beams > 1 or self.temperature or self.stop:
-            raise InputError(
-                "CPM-Bee's answers are its likeliest: leave out --beams, --temperature and --stop"
-            )
-        tasks = [task(text) for text in texts]
-        limit = self.max_new_tokens
-        for found in answer(speaker.model, speaker.params, speaker.tokenizer, tasks, max_new_tokens=limit):
+        if self.temperature or self.stop:
+            raise InputError("CPM-Bee's answers are its likeliest: leave out --temperature and --stop")
+        tasks, options = [task(text) for text in texts], {"beams": self.beams}
+        options["max_new_tokens"] = self.max_new_tokens
+        for found in answer(speaker.model, speaker.params, speaker.tokenizer, tasks, **options):
             print(json.dumps(found.data, ensure_ascii=False), flush=True)
 
     def _search(self, speaker: LanguageModel, texts: Sequence[str]) -> None:

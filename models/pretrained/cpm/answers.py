@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from .... import InputError
-from ... import Cache, ExtraWords, Transformer, TreePositions
-from ...generation.buckets import bucket
+from ... import Transformer
 from ...model import Params
-from .batch import extra_words, left_padded
-from .bee import BeeTokenizer, Word
+from .bee import BeeTokenizer
 from .sample import Sample, encode
 from .tree import Json, with_answers
+from .writing import Progress, Writer
 
-EXCLUDED = -10_000.0  # the score of what must not be chosen
+RULED_OUT = -1e9  # of the beams that would repeat the first one
 
 
 class Answered(NamedTuple):
@@ -28,32 +21,6 @@ class Answered(NamedTuple):
 
     data: dict[str, Any]
     finished: bool
-
-
-@dataclass
-class _Row:
-    """How far the answers of one task are: their words, and how many the present one has so far."""
-
-    sample: Sample
-    answers: list[list[Word]] = field(default_factory=lambda: [[]])
-    index: int = 0
-
-    @property
-    def finished(self) -> bool:
-        return len(self.answers) > len(self.sample.open)
-
-    @property
-    def segment(self) -> int:
-        return 0 if self.finished else self.sample.open[len(self.answers) - 1].number
-
-    def add(self, word: Word, end: int) -> None:
-        """Go on by the word that the model chose, `</s>` being the end of an answer."""
-        if word == Word(end):
-            self.answers.append([])
-            self.index = 0
-        else:
-            self.answers[-1].append(word)
-            self.index += 1
 
 
 def answer(
@@ -64,126 +31,110 @@ def answer(
     *,
     examples: Sequence[Sequence[Json]] = (),
     max_new_tokens: int = 100,
+    beams: int = 1,
+    length_penalty: float = 1.0,
 ) -> list[Answered]:
-    """The tasks with the likeliest words in the places of their answers, word by word.
+    """The tasks with the likeliest words in the places of their answers.
 
     Every string under the key `<ans>` is an answer; what stands there is replaced. `examples` are solved
     tasks for each task to see. For each task at most `max_new_tokens` words are written, the ends of answers
-    among them. An unknown word is written only where the task has one, and a numbered word only where it is
-    the task's own.
+    among them: word by word the likeliest, or with several `beams` (upstream has 3) the likeliest answers
+    as a whole, by log-probability over `length ** length_penalty`. An unknown word is written only where the
+    task has one, and a numbered word only where it is the task's own.
 
     Raises `InputError` for no tasks, a task without a place for answers, and a model that is no CPM-Bee.
     """
+    samples = _samples(model, tokenizer, tasks, examples)
+    for name, value in (("max_new_tokens", max_new_tokens), ("beams", beams)):
+        if value < 1:
+            raise InputError(f"{name}={value}; at least 1 is valid")
+    writer = Writer(model, params, tokenizer, samples, max_new_tokens, beams)
+    if beams == 1:
+        states = likeliest(writer, samples, max_new_tokens)
+    else:
+        states = search(writer, samples, max_new_tokens, beams, length_penalty)
+    return [_answered(task, state, tokenizer) for task, state in zip(tasks, states)]
+
+
+def _samples(
+    model: Transformer, tokenizer: BeeTokenizer, tasks: Sequence[Json], examples: Sequence[Sequence[Json]]
+) -> list[Sample]:
     if not tasks:
         raise InputError("tasks is empty; at least one is needed")
     if model.config.vocab != tokenizer.vocab_size:
         raise InputError(f"the model has {model.config.vocab} words, the tokenizer {tokenizer.vocab_size}")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens}; at least 1 is valid")
     beside = list(examples) or [()] * len(tasks)
     if len(beside) != len(tasks):
         raise InputError(f"examples are for {len(beside)} tasks; there are {len(tasks)}")
     pairs = zip(tasks, beside)
-    rows = [_Row(encode(task, tokenizer, examples=more, open_answers=True)) for task, more in pairs]
-    for number, row in enumerate(rows):
-        if not row.sample.open:
+    samples = [encode(task, tokenizer, examples=more, open_answers=True) for task, more in pairs]
+    for number, sample in enumerate(samples):
+        if not sample.open:
             raise InputError(f'tasks[{number}] has no string under "<ans>" to be answered')
-    _write(model, params, tokenizer, rows, max_new_tokens)
-    return [_answered(task, row, tokenizer) for task, row in zip(tasks, rows)]
+    return samples
 
 
-def _answered(task: Json, row: _Row, tokenizer: BeeTokenizer) -> Answered:
-    names, answers = row.sample.names, [*row.answers, *([] for _ in row.sample.open)]
-    texts = {node.path: tokenizer.text(words, names) for node, words in zip(row.sample.open, answers)}
-    return Answered(with_answers(task, texts), row.finished)
+def _answered(task: Json, state: Progress, tokenizer: BeeTokenizer) -> Answered:
+    sample, answers = state.sample, [*state.answers, *(() for _ in state.sample.open)]
+    texts = {node.path: tokenizer.text(words, sample.names) for node, words in zip(sample.open, answers)}
+    return Answered(with_answers(task, texts), state.finished)
 
 
-def _write(model: Transformer, params: Params, tokenizer: BeeTokenizer, rows: list[_Row], limit: int) -> None:
-    """Write all rows' answers, a word of each at a time; shapes are rounded up, so that few are compiled."""
-    samples, ids = [row.sample for row in rows], tokenizer.vocabulary.ids
-    words = list(extra_words(samples))
-    width, extra = bucket(max(map(len, samples)), 16), bucket(max(1, len(words)))
-    nodes = bucket(max(len(table) for sample in samples for table in sample.relations), 16)
-    batch = left_padded(samples, tokenizer, width, extra, nodes)
-    excluded = _excluded(rows, words, extra, tokenizer)
-    relations = np.zeros((len(rows), nodes, nodes), np.int32)
-    for own, sample in zip(relations, samples):
-        own[: len(sample.relations[0]), : len(sample.relations[0])] = sample.relations[0]
-    # the group of each task, to which its answers belong
-    groups = np.array([group[main].min() for group, main in zip(batch.positions.group, batch.main)])
-    cache = _read(model, params, batch.tokens, batch.arguments, bucket(width + limit, 16))
-    latest = [Word(ids["<s>"])] * len(rows)
+def likeliest(writer: Writer, samples: Sequence[Sample], limit: int) -> list[Progress]:
+    """Each answer by its likeliest next word, again and again."""
+    states, end = [Progress(sample) for sample in samples], writer.tokenizer.vocabulary.ids["</s>"]
     for _ in range(limit):
-        live = np.array([not row.finished for row in rows])
-        positions = _positions(rows, latest, relations, groups)
-        tokens = np.array([[word.id] for word in latest], np.int32)
-        chosen, cache = _step(
-            model, params, tokens, live[:, None].astype(np.int32), positions, batch.extra, excluded, cache
-        )
-        latest = [
-            _word(int(token), tokenizer.vocab_size, words) if alive else Word(0)
-            for token, alive in zip(np.asarray(chosen), live)
+        words, scores = writer.next(states, 1)
+        states = [
+            state if state.finished else state.add(word, state.score + float(score), end)
+            for state, (word,), (score,) in zip(states, words, scores)
         ]
-        for row, word, alive in zip(rows, latest, live):
-            if alive:
-                row.add(word, ids["</s>"])
-        if all(row.finished for row in rows):
-            return
-        latest = [Word(ids["<s>"]) if row.index == 0 else word for row, word in zip(rows, latest)]
+        if all(state.finished for state in states):
+            break
+    return states
 
 
-def _word(token: int, vocab: int, words: list[Word]) -> Word:
-    return Word(token) if token < vocab else words[token - vocab]
+def search(
+    writer: Writer, samples: Sequence[Sample], limit: int, beams: int, length_penalty: float
+) -> list[Progress]:
+    """The likeliest answers among `beams` kept at each step (OpenBMB/CPM-Bee, `generation/bee.py`).
 
+    A task's search is over when `beams` complete ones are no worse than the best running one would be if it
+    ended now; with the last word all running ones count as complete.
+    """
+    end = writer.tokenizer.vocabulary.ids["</s>"]
+    running = [[Progress(s, score=RULED_OUT if n else 0.0) for n in range(beams)] for s in samples]
+    ended: list[list[Progress]] = [[] for _ in samples]
+    over, order = [False] * len(samples), list(range(beams * len(samples)))
 
-def _positions(
-    rows: list[_Row], latest: list[Word], relations: np.ndarray, groups: np.ndarray
-) -> TreePositions:
-    """Of one token a row: the index counts within its answer."""
-    segments = np.array([row.segment for row in rows])
-    each = {
-        "index": np.array([row.index for row in rows], np.int32),
-        "segment": segments.astype(np.int32),
-        "group": groups.astype(np.int32),
-        "relations": relations[np.arange(len(rows)), segments],
-        "sub": np.array([word.sub for word in latest], np.int32),
-    }
-    return TreePositions(**{name: values[:, None] for name, values in each.items()})
+    def value(state: Progress) -> float:
+        return state.score / max(1, state.length) ** length_penalty
 
-
-def _excluded(rows: list[_Row], words: list[Word], extra: int, tokenizer: BeeTokenizer) -> np.ndarray:
-    """What is added to the logits `[B, V + N]`: words of other tasks, and `<unk>` where a task has none."""
-    vocab, unknown = tokenizer.vocab_size, tokenizer.vocabulary.ids["<unk>"]
-    added = np.zeros((len(rows), vocab + extra), np.float32)
-    for number, row in enumerate(rows):
-        own = set(row.sample.names.words.values())
-        foreign = [index for index in range(extra) if index >= len(words) or words[index] not in own]
-        added[number, [vocab + index for index in foreign]] = EXCLUDED
-        added[number, unknown] = 0.0 if any(word.id == unknown for word in own) else EXCLUDED
-    return added
-
-
-@partial(jax.jit, static_argnames=("model", "capacity"))
-def _read(
-    model: Transformer, params: Params, tokens: jax.Array, arguments: Mapping[str, Any], capacity: int
-) -> Cache:
-    """The cache of the given text of all rows."""
-    cache = Cache.empty(tokens.shape[0], capacity)
-    return model.apply(params, tokens, cache=cache, last=True, **arguments)[1]
-
-
-@partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
-def _step(
-    model: Transformer,
-    params: Params,
-    tokens: jax.Array,
-    segments: jax.Array,
-    positions: TreePositions,
-    extra: ExtraWords,
-    excluded: jax.Array,
-    cache: Cache,
-) -> tuple[jax.Array, Cache]:
-    """The likeliest next token of each row, int32 `[B]`; extra words count from the vocabulary's size on."""
-    given: dict[str, Any] = {"segments": segments, "positions": positions, "extra": extra}
-    logits, cache = model.apply(params, tokens, cache=cache, last=True, **given)
-    return jnp.argmax(logits[:, -1] + excluded, -1).astype(jnp.int32), cache
+    for step in range(limit):
+        words, scores = writer.next([state for row in running for state in row], 2 * beams, order)
+        for number, row in enumerate(running):
+            first = number * beams
+            candidates = [
+                (place, state.add(word, state.score + float(gain), end))
+                for place, state in enumerate(row, first)
+                for word, gain in zip(words[place], scores[place])
+            ]
+            candidates = sorted(candidates, key=lambda pair: -pair[1].score)[: 2 * beams]
+            best = candidates[0][1].score / max(1, step) ** length_penalty
+            full = len(ended[number]) == beams and min(map(value, ended[number])) >= best
+            over[number] = over[number] or full
+            if over[number]:
+                continue
+            kept = []
+            for place, state in candidates:
+                if state.finished or step == limit - 1:
+                    ended[number] = sorted([*ended[number], state], key=value, reverse=True)[:beams]
+                else:
+                    kept.append((place, state))
+                if len(kept) == beams:  # what is less likely than these does not count, ended or not
+                    break
+            order[first : first + beams] = [place for place, _ in kept]
+            running[number] = [state for _, state in kept]
+        if all(over):
+            break
+    return [max(row, key=value) for row in ended]

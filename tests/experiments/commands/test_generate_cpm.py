@@ -107,6 +107,9 @@ def test_cpm_bee_answers_tasks(modicum, bee, tmp_path):
     said = modicum("generate", bee, "--prompts", tmp_path / "tasks", "--max-new-tokens", 5)
     assert said.code == 0, said.error
     assert [json.loads(line) for line in said.out.splitlines()] == wanted
+    beams = answer(loaded.model, loaded.params, tokenizer, tasks[:1], max_new_tokens=5, beams=3)
+    said = modicum("generate", bee, "--prompt", json.dumps(tasks[0]), "--max-new-tokens", 5, "--beams", 3)
+    assert json.loads(said.out) == beams[0].data
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_cpm_bee_answers_tasks(modicum, bee, tmp_path):
     [
         (("--prompt", "ab"), "is not JSON"),
         (("--prompt", '{"input": "ab"}'), 'has no string under "<ans>"'),
-        (("--prompt", '{"<ans>": ""}', "--beams", 2), "leave out --beams"),
+        (("--prompt", '{"<ans>": ""}', "--temperature", 1), "leave out --temperature"),
     ],
 )
 def test_what_is_no_task_is_refused(refused, bee, options, message):

@@ -257,6 +257,54 @@ def test_answers_are_written_one_after_another(x64, folder, pretrained, tokenize
         }
 
 
+def scores_of(pretrained, tokenizer, task, answers):
+    """Log-probabilities of each word after the text of `task` with one of `answers`, `[answers, 2, V]`."""
+    samples = [encode({**task, "<ans>": text}, tokenizer) for text in answers]
+    batch = left_padded(samples, tokenizer)
+    logits = pretrained.model.apply(pretrained.params, batch.tokens, **batch.arguments)
+    logits = np.array(logits)[:, -2:, :V]
+    logits[..., 1] -= 10_000
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.3])
+def test_all_beams_find_the_likeliest_answer(x64, pretrained, tokenizer, penalty):
+    """With as many beams as words, a search of two steps has seen all answers; each pair is tried here."""
+    tasks = [{"input": "abc", "<ans>": ""}, {"question": "q", "<ans>": ""}]
+    found = answer(
+        pretrained.model,
+        pretrained.params,
+        tokenizer,
+        tasks,
+        max_new_tokens=2,
+        beams=V + 1,
+        length_penalty=penalty,
+    )
+    words = [word for word in WORDS if word not in ("</s>", "<unk>")]
+    for task, (data, _) in zip(tasks, found):
+        scores = scores_of(pretrained, tokenizer, task, words)
+        best = {"": scores[0, 0, 7]}
+        for number, word in enumerate(words):
+            first, following = scores[number, 0, WORDS.index(word)], scores[number, 1]
+            for second in (*words, "</s>"):
+                text = word + ("" if second == "</s>" else second)
+                value = (first + following[WORDS.index(second)]) / 2**penalty
+                best[text] = max(best.get(text, -np.inf), value)
+        values = sorted(best.values())
+        assert values[-1] - values[-2] > 1e-6
+        assert data["<ans>"] == max(best, key=best.get)
+
+
+def test_several_beams_keep_answers_apart(x64, pretrained, tokenizer):
+    """Three beams in a batch give each task what they give it alone, places of several answers too."""
+    blank = [{**TASKS[0], "<ans>": {"<mask_0>": "", "<mask_1>": ""}}, {**TASKS[1], "<ans>": ""}]
+    options = {"max_new_tokens": 8, "beams": 3}
+    model, params = pretrained.model, pretrained.params
+    both = answer(model, params, tokenizer, blank, **options)
+    alone = [answer(model, params, tokenizer, [task], **options)[0] for task in blank]
+    assert both == alone and set(both[0].data["<ans>"]) == {"<mask_0>", "<mask_1>"}
+
+
 def test_both_kinds_of_files_hold_the_same(folder, tmp_path):
     """The hub's names and keys, with the tied copy; out and in again of both, bit by bit."""
     tensors = load_file(folder / "model.safetensors")
@@ -319,6 +367,7 @@ def test_the_published_model_has_its_parameters():
         ([], {}, "tasks is empty"),
         ([{"input": "a"}], {}, r'tasks\[0\] has no string under "<ans>"'),
         ([{"<ans>": ""}], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([{"<ans>": ""}], {"beams": 0}, "beams=0; at least 1 is valid"),
         ([{"<ans>": ""}], {"examples": [[], []]}, "examples are for 2 tasks; there are 1"),
     ],
 )
