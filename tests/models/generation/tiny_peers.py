@@ -25,14 +25,23 @@ def make(name):
     elif name == "llama":
         config = transformers.LlamaConfig(num_key_value_heads=2, tie_word_embeddings=False, **LLAMA, **SMALL)
         model = transformers.LlamaForCausalLM(config)
-    elif name == "opt":
+    elif name == "mistral":
+        config = transformers.MistralConfig(num_key_value_heads=1, sliding_window=9, **LLAMA, **SMALL)
+        model = transformers.MistralForCausalLM(config)
+    elif name == "qwen3":
+        config = transformers.Qwen3Config(num_key_value_heads=2, head_dim=16, **LLAMA, **SMALL)
+        model = transformers.Qwen3ForCausalLM(config)
+    elif name.startswith("opt"):
+        large = {"word_embed_proj_dim": 32}
+        if name == "opt-350m":
+            large = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
         config = transformers.OPTConfig(
             hidden_size=32,
             ffn_dim=64,
             num_hidden_layers=2,
             num_attention_heads=4,
-            word_embed_proj_dim=32,
             max_position_embeddings=128,
+            **large,
             **SMALL,
         )
         model = transformers.OPTForCausalLM(config)
