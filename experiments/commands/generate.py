@@ -140,9 +140,15 @@ class Generate:
         assert isinstance(speaker.tokenizer, BeeTokenizer)
         if self.temperature or self.stop:
             raise InputError("CPM-Bee's answers are its likeliest: leave out --temperature and --stop")
-        tasks, options = [task(text) for text in texts], {"beams": self.beams}
-        options["max_new_tokens"] = self.max_new_tokens
-        for found in answer(speaker.model, speaker.params, speaker.tokenizer, tasks, **options):
+        answers = answer(
+            speaker.model,
+            speaker.params,
+            speaker.tokenizer,
+            [task(text) for text in texts],
+            max_new_tokens=self.max_new_tokens,
+            beams=self.beams,
+        )
+        for found in answers:
             print(json.dumps(found.data, ensure_ascii=False), flush=True)
 
     def _search(self, speaker: LanguageModel, texts: Sequence[str]) -> None:
