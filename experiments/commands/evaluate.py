@@ -70,6 +70,11 @@ class Evaluate:
         if self.delta is not None:
             raise InputError("--stride and published models are evaluated without --delta so far")
         speaker = open_language_model(str(self.model), "float32")
+        if speaker.pretrained is not None and speaker.pretrained.prepares:
+            name = speaker.pretrained.architecture
+            raise InputError(
+                f"{self.model} holds a {name}, which reads a text behind a prompt; it is not evaluated"
+            )
         text = "\n\n".join(self._source(None).texts())
         positions = speaker.model.config.positions
         positions.require(self.length)

@@ -50,6 +50,11 @@ class Pretrained:
     left_out: tuple[str, ...] = ()
     initialised: tuple[str, ...] = ()
 
+    @property
+    def prepares(self) -> bool:
+        """Whether its prompts are more than their ids, so that `prepare` is needed."""
+        return registry.family(self.settings["model_type"]).prepare is not None
+
     def prepare(self, rows: Rows) -> Prepared | None:
         """Prompts with what the model has to know of them beside their ids; None where that is nothing.
 

@@ -3,7 +3,7 @@
 * `vocabulary` greedy longest match; `ant` CPM-Ant's tokenizer; `bee` CPM-Bee's, with words of the moment
 * `tree` JSON to segments and how they are related; `sample` to ids, and ids to targets
 * `batch` samples to the arrays of a batch, packed for training or padded for answering
-* `answers` the answers that a model gives, written back into the JSON
+* `writing` a model that scores the next words; `answers` what it answers, written back into the JSON
 """
 
 from .answers import Answered, answer

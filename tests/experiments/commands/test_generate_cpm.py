@@ -122,3 +122,10 @@ def test_cpm_bee_answers_tasks(modicum, bee, tmp_path):
 )
 def test_what_is_no_task_is_refused(refused, bee, options, message):
     assert message in refused("generate", bee, *options)
+
+
+def test_evaluate_refuses_what_reads_a_text_behind_a_prompt(refused, ant, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jieba", types.SimpleNamespace(cut=lambda text, cut_all: list(text)))
+    (tmp_path / "text.txt").write_text("abc\n" * 9)
+    said = refused("evaluate", ant, "--data", tmp_path / "text.txt")
+    assert "holds a CPMAnt, which reads a text behind a prompt" in said
