@@ -65,13 +65,14 @@ class Seen:
         first = self.rounds[next(iter(self.entrants)), key[1]]
         return median(own[what] / base[what] for base, own in zip(first, self.rounds[key]))
 
-    def bandwidth(self) -> float:
-        """Bytes a second: the better library's median."""
-        return max(median(rates) for rates in self.reads.values())
-
     def of_bound(self, key: Key) -> float:
-        """Which part of the memory's rate reading the weights once a step reaches."""
-        return self.entrants[key[0]].weights / self.seconds(key, "token") / self.bandwidth()
+        """Which part of the memory's rate reading the weights once a token reaches, median over the rounds.
+
+        The rate is that of the better library's matrix-vector product in the same round.
+        """
+        rates = [max(each) for each in zip(*self.reads.values())]
+        weights = self.entrants[key[0]].weights
+        return median(weights / one["token"] / rate for one, rate in zip(self.rounds[key], rates))
 
 
 def measure_generation(

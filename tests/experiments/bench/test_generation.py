@@ -56,7 +56,8 @@ def test_rates_are_medians_and_ratios_of_rounds():
     entrants = {name: Entrant("ours", job, weights=100) for name in seconds}
     seen = Seen(entrants, rounds=rounds, reads={"Modicum": [150.0, 200.0, 250.0]}, load=[0.0, 0.0])
     ours, theirs = rates_table(seen).rows
-    assert ours == (2, "Modicum", 2 * 5 / 20.0, 2 / 2.0, 1.0, 1.0, 25.0)  # 100 bytes in 2 s of 200 a second
+    # 100 bytes a token at 150, 200, 250 bytes a second: 66.7, 25 and 5 % of the bound
+    assert ours == (2, "Modicum", 2 * 5 / 20.0, 2 / 2.0, 1.0, 1.0, 25.0)
     assert theirs[2:] == (2 * 5 / 40.0, 2 / 4.0, 2.0, 2.0, 12.5)
 
 
