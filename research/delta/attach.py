@@ -124,8 +124,8 @@ class Tuned:
         """
         if getattr(getattr(self.model, "config", None), "scaled_linears", False) and self._sites:
             raise InputError(
-                "merge: this model divides its products by sqrt(width) (scaled_linears=True), which a delta's "
-                "products are not; keep the delta attached"
+                "merge: this model divides its products by sqrt(width) (scaled_linears=True) and a delta's "
+                "not; keep the delta attached"
             )
         fixed = places(variables.get("delta_state", {}))
         merged = self._with_leaves(variables, params)
