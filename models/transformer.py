@@ -15,18 +15,17 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import struct
 
 from .. import InputError
 from .axes import TRANSFORMER_AXES, AxisTable
-from .block import Context, apply_layers
-from .cache import COLLECTION, Cache, Slots
+from .block import apply_layers
+from .cache import COLLECTION, Cache
 from .config import TransformerConfig
+from .embedding import Embedding, embed
 from .heads import Head, LanguageModelHead
-from .hooks import Hook
-from .kernels import Causal, Full, Mask, Segments
+from .kernels import Mask, Segments
 from .model import LinenModel, Params
+from .place import Place
 
 
 @dataclass(frozen=True)
@@ -73,36 +72,6 @@ class Transformer(LinenModel):
         )
         outputs = outputs, replace(cache, entries=state.pop(COLLECTION))
         return (outputs, state) if mutable else outputs
-
-
-class Embedding(nn.Module):
-    """Word vectors plus what positions and token types add; also hands out the table for a tied head."""
-
-    config: TransformerConfig
-
-    def setup(self) -> None:
-        config = self.config
-        shape = config.padded_vocab, config.embedding_width or config.width
-        dtype = jnp.dtype(config.precision.param)
-        self.table = self.param("table", nn.initializers.normal(config.initial_std), shape, dtype)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        scale = self.config.embedding_scale or np.sqrt(self.config.width)
-        words = jnp.take(self.table, tokens, axis=0).astype(self.config.precision.compute)
-        return words if scale == 1.0 else words * jnp.asarray(scale, words.dtype)
-
-
-class TypeEmbedding(nn.Module):
-    """A vector for each kind of token, `token_types [B, T] -> [B, T, D]`."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, token_types: jax.Array) -> jax.Array:
-        config = self.config
-        shape, dtype = (config.token_types, config.width), jnp.dtype(config.precision.param)
-        table = self.param("table", nn.initializers.normal(config.initial_std), shape, dtype)
-        return jnp.take(table.astype(config.precision.compute), token_types, axis=0)
 
 
 class SingleStack(nn.Module):
@@ -212,96 +181,6 @@ class Decoder(nn.Module):
         mask = Segments(place.segments, memory_segments)
         context = replace(place.context(self.config, train), memory=memory, memory_mask=mask)
         return finish(self.config, apply_layers(self.config, x, context, cross=True))
-
-
-@struct.dataclass
-class Place:
-    """Where the tokens of one call stand: their positions, who sees whom, and the cache that they extend.
-
-    `keys` are the positions of all that they look at and `start` is the index of the first of them there.
-    """
-
-    positions: Any
-    keys: Any
-    mask: Mask
-    segments: jax.Array | None
-    causal: bool = struct.field(pytree_node=False)
-    cache: Cache | None = None
-    slots: Slots | None = None
-
-    @classmethod
-    def of(
-        cls,
-        causal: bool,
-        tokens: jax.Array,
-        segments: jax.Array | None,
-        positions: Any,
-        mask: Mask | None = None,
-        cache: Cache | None = None,
-    ) -> Place:
-        """That of `tokens [B, T]`; without positions they count from 0, or on from what the cache holds."""
-        if cache is not None:
-            return cls._in_cache(causal, tokens, segments, positions, mask, cache)
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
-        mask = mask if mask is not None else Causal() if causal else Full()
-        mask = mask if segments is None else mask & Segments(segments, segments)
-        return cls(positions, positions, mask, segments, causal)
-
-    @classmethod
-    def _in_cache(
-        cls,
-        causal: bool,
-        tokens: jax.Array,
-        segments: jax.Array | None,
-        positions: Any,
-        mask: Mask | None,
-        cache: Cache,
-    ) -> Place:
-        if not causal:
-            raise InputError("an encoder sees its whole input at once and has no use for a cache")
-        segments = jnp.ones_like(tokens) if segments is None else segments
-        positions = cache.next_positions(segments) if positions is None else positions
-        start, slots = cache.length, Slots(cache.length, cache.capacity, cache.joined)
-        grown = cache.extended(segments, positions)
-        seen = (segments, positions) if cache.fresh else (grown.segments, grown.positions)
-        mask = mask if mask is not None else Causal(start)
-        return cls(positions, seen[1], mask & Segments(segments, seen[0]), segments, causal, grown, slots)
-
-    def context(self, config: TransformerConfig, train: bool) -> Context:
-        """What the layers see; called inside the compact method of the stack, which gets the bias's child."""
-        bias = config.positions.bias(
-            config.attention.heads, not self.causal, config.precision, config.initial_std
-        )
-        start = 0 if self.slots is None else self.slots.start
-        value = None if bias is None else bias(self.positions, self.keys, start)
-        return Context(self.mask, self.positions, value, slots=self.slots, train=train)
-
-
-def embed(
-    config: TransformerConfig,
-    embedding: Embedding,
-    tokens: jax.Array,
-    positions: Any,
-    token_types: jax.Array | None,
-    train: bool,
-) -> jax.Array:
-    """The residual stream `[B, T, D]` before the first layer."""
-    config.precision.require_available()
-    x = config.positions.place(embedding(tokens), positions)
-    if config.embedding_width:
-        x = config.linear(config.width, False, name="embedding_projection")(x)
-    added = config.positions.embedding(config.width, config.precision, config.initial_std)
-    if added is not None:
-        x = x + added(positions)
-    if config.token_types:
-        types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = x + TypeEmbedding(config, name="type_embedding")(types)
-    elif token_types is not None:
-        raise InputError("token_types are given, but the model has none (token_types=0)")
-    if config.embedding_norm:
-        x = config.norm.build(config.precision, "embedding_norm")(x)
-    return Hook(name="embedded")(nn.Dropout(config.dropout, deterministic=not train)(x))
 
 
 def finish(config: TransformerConfig, x: jax.Array) -> jax.Array:
