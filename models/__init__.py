@@ -1,8 +1,8 @@
 """What is computed: Transformers as pure functions over parameter trees.
 
 * `model` the protocol; `transformer` the three assemblies; `config` and `presets` what to assemble
-* `block`, `attention`, `mlp`, `norms`, `residuals`, `heads` the parts; `embedding` and `place` what the layers
-  are given; `cache` keys and values of the tokens so far
+* `block`, `attention`, `mlp`, `norms`, `residuals`, `heads` the parts; `embedding` and `place` what the
+  layers are given; `cache` keys and values of the tokens so far
 * `positions`, `rotary`; `relations`, `rotary2d` and `extended` are CPM's and ChatGLM's
 * `kernels` the attention function behind one front
 * `hooks` reading and editing activations; `axes` logical axis names; `stacking` scanned layers
