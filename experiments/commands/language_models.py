@@ -47,8 +47,9 @@ class LanguageModel:
 
 
 def is_published(path: str) -> bool:
-    """Whether a folder holds a published checkpoint, and not what `modicum train` left."""
-    return (Path(path) / "config.json").is_file()
+    """Whether a folder holds a published checkpoint: runs of ours have a `config.json` of another kind."""
+    file = Path(path) / "config.json"
+    return file.is_file() and '"model_type"' in file.read_text("utf-8")
 
 
 def open_language_model(path: str, dtype: str) -> LanguageModel:
