@@ -45,7 +45,11 @@ class Chunked:
     block: int = 0
 
     def supports(self, request: Request) -> str | None:
-        """All but a single query, which has no tiles to skip: decoding takes the plain softmax."""
+        """It can do every request."""
+        return None
+
+    def unfit(self, request: Request) -> str | None:
+        """A single query has no tiles to skip: decoding takes the plain softmax."""
         return "a single query needs no tiles" if request.queries == 1 else None
 
     def __call__(

@@ -21,6 +21,10 @@ class Reference:
         """It can do every request."""
         return None
 
+    def unfit(self, request: Request) -> str | None:
+        """It is where every choice ends."""
+        return None
+
     def __call__(
         self,
         q: Array,

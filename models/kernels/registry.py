@@ -1,4 +1,4 @@
-"""Which implementation computes a request: each says what it cannot do, the first that can is taken."""
+"""Which implementation computes a request: the first that can and has no reason to leave it to another."""
 
 import functools
 import logging
@@ -20,7 +20,7 @@ def implementations() -> tuple[Implementation, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def choose(request: Request, impl: str) -> Implementation:
-    """The implementation named `impl`, or for "auto" the first that supports the request.
+    """The implementation named `impl`, or for "auto" the first that supports and fits the request.
 
     Logs the choice to `modicum.kernels`; the cache makes that once a request, however many layers make it.
     Raises InputError for an unknown name and for a forced implementation that cannot do the request.
@@ -35,7 +35,7 @@ def choose(request: Request, impl: str) -> Implementation:
         return by_name[impl]
     reasons: list[str] = []
     for implementation in IMPLEMENTATIONS:
-        reason = implementation.supports(request)
+        reason = implementation.supports(request) or implementation.unfit(request)
         if reason is None:
             logger.info(
                 "attention %s: %s%s", request, implementation.name, "".join(f"; {r}" for r in reasons)

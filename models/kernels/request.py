@@ -52,6 +52,9 @@ class Implementation(Protocol):
     def supports(self, request: Request) -> str | None:
         """None, or the reason why it cannot compute the request."""
 
+    def unfit(self, request: Request) -> str | None:
+        """None, or the reason to look for another one, as long as this one is not asked for by name."""
+
     def __call__(
         self,
         q: Array,

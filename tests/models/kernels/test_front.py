@@ -67,6 +67,15 @@ def test_a_forced_implementation_that_cannot_says_why(monkeypatch):
     registry.choose.cache_clear()
 
 
+def test_a_single_query_takes_the_plain_softmax_unless_tiles_are_asked_for(log):
+    q, mask = Q[:, :1], Full()
+    np.testing.assert_allclose(
+        attention(q, KV, KV, mask=mask, impl="chunked"), attention(q, KV, KV, mask=mask), atol=1e-6
+    )
+    assert "chunked, as asked for" in log.text
+    assert "reference; not chunked: a single query needs no tiles" in log.text
+
+
 def test_the_choice_is_logged_once_a_request(log):
     step = jax.jit(lambda q: attention(attention(q, KV, KV, mask=Causal()), KV, KV, mask=Causal()))
     step(Q)
