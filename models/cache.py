@@ -118,11 +118,16 @@ class Cache:
         return not self.entries
 
     def extended(self, segments: jax.Array, positions: Any) -> Cache:
-        """The cache with room taken for tokens of these segments `[B, T]`; their entries are to follow."""
+        """The cache with room taken for tokens of these segments `[B, T]`; their entries are to follow.
+
+        Raises `InputError` for more tokens than there is room for, where the length is known: in a program
+        that is given a cache it is not, and what is too much replaces the last tokens.
+        """
         tokens = segments.shape[1]
+        if isinstance(self.length, int) and self.length + tokens > self.capacity:
+            more = f" after {self.length}" if self.length else ""
+            raise InputError(f"{tokens} tokens{more} do not fit a cache of capacity {self.capacity}")
         if self.fresh:
-            if tokens > self.capacity:
-                raise InputError(f"{tokens} tokens do not fit a cache of capacity {self.capacity}")
             grown = jax.tree.map(lambda x: _grown(x, 1, self.capacity), (segments, positions))
             return replace(self, segments=grown[0], positions=grown[1], length=tokens)
         start = jnp.asarray(self.length, jnp.int32)

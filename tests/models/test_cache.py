@@ -139,6 +139,14 @@ def test_impossible_caches_are_errors(call, message):
         call()
 
 
+def test_a_full_cache_takes_no_more_tokens(random_parameters):
+    model = Transformer(SMALL)
+    params = random_parameters(model, TOKENS)
+    _, cache = model.apply(params, TOKENS[:, :3], cache=Cache.empty(3, 4))
+    with pytest.raises(InputError, match="2 tokens after 3 do not fit a cache of capacity 4"):
+        model.apply(params, TOKENS[:, :2], cache=cache)
+
+
 def _run(config, cache):
     model = Transformer(config)
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
