@@ -20,12 +20,16 @@ from ... import InputError
 Numbers = Mapping[str, jax.Array]
 """The processors that act, by name, with their numbers: keys are static under `jax.jit`, values traced."""
 
+COLDEST = 1e-30
+"""The smallest temperature above 0; long before it there is but one token left."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen from its logits.
 
-    temperature         divides the logits; 0 takes the most probable token (greedy)
+    temperature         divides the logits; 0 takes the most probable token (greedy). Below `COLDEST` the
+                        quotients would exceed float32
     top_k               keep the k most probable tokens (0: all)
     top_p               keep the smallest set of tokens whose probability is at least p (1: all)
     min_p               keep tokens at least p times as probable as the most probable (0: all)
@@ -44,8 +48,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature} must be a number from 0")
+        if self.temperature != 0 and not COLDEST <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature} must be 0 or a number from {COLDEST}")
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise InputError(f"top_k={self.top_k} must be a whole number from 0 (0: all tokens)")
         if not 0 < self.top_p <= 1:

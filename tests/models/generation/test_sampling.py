@@ -116,6 +116,7 @@ def test_only_active_processors_are_part_of_the_program():
     [
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": 1e-39},
         {"top_k": -1},
         {"top_k": 1.5},
         {"top_p": 0.0},
