@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ...models.generation import Sampling
     from .language_models import LanguageModel
 
+NARROWING = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+"""Options that say from which tokens one is sampled, and where they leave all of them."""
+
 
 @dataclass(frozen=True)
 class Generate:
@@ -86,8 +89,13 @@ class Generate:
     def _check(self) -> None:
         if self.beams < 1:
             raise InputError(f"beams={self.beams} must be at least 1")
-        if self.beams > 1 and (self.temperature or self.stop):
-            raise InputError("beams search the most probable text: leave out --temperature and --stop")
+        narrowed = [name for name, all_of_them in NARROWING.items() if getattr(self, name) != all_of_them]
+        if self.beams > 1 and (self.temperature or narrowed or self.stop):
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in ("temperature", *NARROWING))
+            raise InputError(f"beams search the most probable text: leave out {options} and --stop")
+        if narrowed and not self.temperature:
+            given = f"{narrowed[0]}={getattr(self, narrowed[0])}"
+            raise InputError(f"{given} narrows what is sampled from: give --temperature above 0 with it")
 
     def _sampling(self) -> Sampling:
         from ...models.generation import Sampling
@@ -97,6 +105,9 @@ class Generate:
     def _options(self, speaker: LanguageModel, sampling: Sampling) -> dict[str, Any]:
         import jax
 
+        def text_of(ids: Sequence[int]) -> str:
+            return speaker.tokenizer.decode(ids, special=True)  # --stop may name a special token
+
         return {
             "max_new_tokens": self.max_new_tokens,
             "min_new_tokens": self.min_new_tokens,
@@ -104,7 +115,7 @@ class Generate:
             "rng": None if sampling.greedy else jax.random.key(self.seed),
             "stop_tokens": speaker.stops,
             "stop_sequences": self.stop,
-            "text_of": speaker.tokenizer.decode,
+            "text_of": text_of,
             "decoder_tokens": speaker.start,
         }
 
@@ -138,8 +149,11 @@ class Generate:
         from ...models.pretrained.cpm import BeeTokenizer, answer
 
         assert isinstance(speaker.tokenizer, BeeTokenizer)
-        if self.temperature or self.stop:
-            raise InputError("CPM-Bee's answers are its likeliest: leave out --temperature and --stop")
+        if self.temperature or self.stop or self.min_new_tokens or self.repetition_penalty != 1:
+            raise InputError(
+                "CPM-Bee's answers are its likeliest: leave out --temperature, --stop, --min-new-tokens and "
+                "--repetition-penalty"
+            )
         answers = answer(
             speaker.model,
             speaker.params,
@@ -163,6 +177,7 @@ class Generate:
             beams=self.beams,
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=self.min_new_tokens,
+            repetition_penalty=self.repetition_penalty,
             stop_tokens=speaker.stops,
             decoder_tokens=speaker.start,
         )

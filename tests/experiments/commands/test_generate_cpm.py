@@ -118,6 +118,7 @@ def test_cpm_bee_answers_tasks(modicum, bee, tmp_path):
         (("--prompt", "ab"), "is not JSON"),
         (("--prompt", '{"input": "ab"}'), 'has no string under "<ans>"'),
         (("--prompt", '{"<ans>": ""}', "--temperature", 1), "leave out --temperature"),
+        (("--prompt", '{"<ans>": ""}', "--repetition-penalty", 2), "--repetition-penalty"),
     ],
 )
 def test_what_is_no_task_is_refused(refused, bee, options, message):
