@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,16 +85,21 @@ def _published(path: str, dtype: str) -> LanguageModel:
     if not isinstance(pretrained.model.head, LanguageModelHead):
         raise InputError(f"{path} holds a {pretrained.architecture}; generating needs a language model")
     tokenizer = load_tokenizer(pretrained.folder)
-    told = pretrained.settings | _generation_settings(pretrained.folder)
-    stops = told.get("eos_token_id", tokenizer.eos)
+    told: dict[str, Any] = {"eos_token_id": tokenizer.eos}
+    for settings in (pretrained.settings, _generation_settings(pretrained.folder)):
+        told |= {key: value for key, value in settings.items() if value is not None}
+    stops = told["eos_token_id"]
     ends = () if stops is None else tuple(stops) if isinstance(stops, list) else (stops,)
-    start = told.get("decoder_start_token_id")
-    if pretrained.model.config.kind == "encoder-decoder" and start is None:
+    both = pretrained.model.config.kind == "encoder-decoder"
+    start = told.get("decoder_start_token_id") if both else None
+    if both and start is None:
         raise InputError(f"{path}: config.json has no decoder_start_token_id, with which its decoder begins")
     return LanguageModel(pretrained.model, pretrained.params, tokenizer, ends, start, pretrained)
 
 
 def _generation_settings(folder: Path) -> dict[str, Any]:
     """What `generation_config.json` says, where there is one; it goes before config.json."""
+    from ...models.pretrained.files import read_json
+
     file = folder / "generation_config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}

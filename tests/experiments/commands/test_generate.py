@@ -71,10 +71,13 @@ def test_sampling_is_repeatable_and_depends_on_the_seed(modicum, published):
 def test_the_best_of_several_beams_is_printed(modicum, published):
     pretrained, tokenizer = load_pretrained(published), load_tokenizer(published)
     prompt = tokenizer.encode(TEXTS[1])
-    found = beam_search(pretrained.model, pretrained.params, prompt, beams=4, max_new_tokens=3)
-    said = modicum("generate", published, "--prompt", TEXTS[1], "--beams", 4, "--max-new-tokens", 3)
-    assert said.code == 0, said.error
-    assert said.out == TEXTS[1] + tokenizer.decode(found.tokens[0, 0]) + "\n"
+    for penalty in (1.0, 3.0):
+        options = {"max_new_tokens": 3, "repetition_penalty": penalty}
+        found = beam_search(pretrained.model, pretrained.params, prompt, beams=4, **options)
+        options = ("--beams", 4, "--max-new-tokens", 3, "--repetition-penalty", penalty)
+        said = modicum("generate", published, "--prompt", TEXTS[1], *options)
+        assert said.code == 0, said.error
+        assert said.out == TEXTS[1] + tokenizer.decode(found.tokens[0, 0]) + "\n"
 
 
 def test_a_stop_text_ends_the_continuation(modicum, published):
@@ -98,6 +101,8 @@ def test_a_trained_run_generates(modicum, trained):
         ((), "give --prompt TEXT or --prompts FILE"),
         (("--prompt", "a", "--beams", 0), "beams=0 must be at least 1"),
         (("--prompt", "a", "--beams", 2, "--temperature", 1), "leave out --temperature"),
+        (("--prompt", "a", "--beams", 2, "--top-k", 5), "leave out --temperature, --top-k"),
+        (("--prompt", "a", "--top-p", 0.9), "top_p=0.9 narrows what is sampled from: give --temperature"),
         (("--prompt", "a", "--temperature", -1), "temperature=-1"),
         (("--prompt", "a", "--top-p", 0), "top_p=0"),
         (("--prompt", "a", "--max-new-tokens", 0), "max_new_tokens=0"),
@@ -106,6 +111,59 @@ def test_a_trained_run_generates(modicum, trained):
 )
 def test_bad_options_are_one_line(refused, published, options, message):
     assert message in refused("generate", published, *options)
+
+
+def with_settings(folder, other, **files):
+    """A checkpoint's folder with further settings in some of its files, by their names without the ending."""
+    other.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (other / name).symlink_to(folder / name)
+    for name, settings in files.items():
+        file = other / f"{name}.json"
+        old = json.loads(file.read_text()) if file.exists() else {}
+        file.unlink(missing_ok=True)
+        file.write_text(json.dumps(old | settings))
+    return other
+
+
+def test_a_text_ends_where_either_file_of_settings_says(modicum, published, tmp_path):
+    pretrained, tokenizer = load_pretrained(published), load_tokenizer(published)
+    made = generate(pretrained.model, pretrained.params, tokenizer.encode(TEXTS[0]), max_new_tokens=8)
+    second = int(made.tokens[0, 1])
+    silent = {
+        "eos_token_id": None,
+        "decoder_start_token_id": 0,
+    }  # a null says nothing, a decoder has no start
+    folder = with_settings(
+        published, tmp_path / "m", config={"eos_token_id": [second]}, generation_config=silent
+    )
+    said = modicum("generate", folder, "--prompt", TEXTS[0], *NEW)
+    assert said.code == 0, said.error
+    first = made.tokens[0].tolist().index(second)
+    assert said.out == TEXTS[0] + tokenizer.decode(made.tokens[0, : first + 1]) + "\n"
+
+
+def test_a_damaged_generation_config_is_one_line(refused, published, tmp_path):
+    folder = with_settings(published, tmp_path / "m", generation_config={})
+    (folder / "generation_config.json").write_text("{")
+    assert "generation_config.json is damaged" in refused("generate", folder, "--prompt", "a")
+
+
+def test_a_special_token_may_be_the_stop_text(modicum, published, tmp_path):
+    pretrained, tokenizer = load_pretrained(published), load_tokenizer(published)
+    made = generate(pretrained.model, pretrained.params, tokenizer.encode(TEXTS[0]), max_new_tokens=8)
+    assert tokenizer.decode(made.tokens[0, 1:])  # of which nothing is to be seen
+    first = tokenizer.inner.id_to_token(int(made.tokens[0, 0]))
+    inner = json.loads((published / "tokenizer.json").read_text())
+    marked = {"id": int(made.tokens[0, 0]), "content": first, "special": True}
+    how = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    folder = with_settings(
+        published, tmp_path / "m", tokenizer={"added_tokens": [*inner["added_tokens"], marked | how]}
+    )
+    prompt = TEXTS[0]
+    said = modicum("generate", folder, "--prompt", prompt, *NEW, "--stop", first)
+    assert said.code == 0, said.error
+    assert said.out == prompt + "\n"
 
 
 def test_a_missing_model_is_one_line(refused, tmp_path):
