@@ -12,10 +12,13 @@ from ... import InputError
 from .language_models import is_published
 from .options import UNLIMITED_LENGTH
 
+WINDOWS, TOKENS = 8, 8192  # that are read at once: as many windows as have no more tokens
+
 if TYPE_CHECKING:
     from ...research.data.sources import Source
     from ...research.data.tokenizers import Tokenizer
     from ...research.training.model_folder import TrainedModel
+    from .language_models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Evaluate:
     text_column: str = "text"
     label_column: str = "label"
     length: int = 0
-    """Tokens of a row or longest text; 0: as many as the model has positions, 128 where it has no limit."""
+    """Tokens of a row or longest text; 0: as many as the model has positions. Where these have no limit it is
+    128, and of a published model to be given."""
     truncate: bool = False
     """Cut longer texts instead of refusing them."""
     stride: int = 0
@@ -75,15 +79,15 @@ class Evaluate:
             raise InputError(
                 f"{self.model} holds a {name}, which reads a text behind a prompt; it is not evaluated"
             )
+        window = self._window(speaker)
         text = "\n\n".join(self._source(None).texts())
-        positions = speaker.model.config.positions
-        positions.require(self.length)
         found = strided_perplexity(
             speaker.model,
             speaker.params,
             speaker.tokenizer.encode(text),
-            window=self.length or positions.limit or UNLIMITED_LENGTH,
+            window=window,
             stride=self.stride,
+            rows=max(1, min(WINDOWS, TOKENS // window)),
         )
         means = {
             "loss": found.nats / found.scored,
@@ -91,6 +95,18 @@ class Evaluate:
             "bits_per_byte": found.bits_per_byte(len(text.encode())),
         }
         print("  ".join(f"{name} {value:.4f}" for name, value in means.items()))
+
+    def _window(self, speaker: LanguageModel) -> int:
+        """Tokens of the window. A short one costs perplexity, so none is made up for a published model."""
+        positions = speaker.model.config.positions
+        positions.require(self.length)
+        if speaker.pretrained is not None and not (self.length or positions.limit):
+            trained = speaker.pretrained.settings.get("max_position_embeddings")
+            known = f"; config.json has max_position_embeddings={trained}" if trained else ""
+            raise InputError(
+                f"{self.model} has no limit of positions: give --length, a window in tokens{known}"
+            )
+        return self.length or positions.limit or UNLIMITED_LENGTH
 
     def _language_model(self, trained: TrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
         from ...parallel.layout import Layout

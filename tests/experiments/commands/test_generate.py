@@ -1,13 +1,15 @@
 """`modicum generate` on a published checkpoint and on what `modicum train` left."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from modicum.models import MLP, Learned, Transformer, TransformerConfig, multi_head
+from modicum.models import MLP, GatedMLP, Learned, Transformer, TransformerConfig, multi_head
 from modicum.models.generation import beam_search, generate
+from modicum.models.presets import modern
 from modicum.models.pretrained import load_pretrained, save_pretrained
 from modicum.models.pretrained.tokenizers import load_tokenizer
 from modicum.research.data.tokenizers import train_tokenizer
@@ -193,6 +195,19 @@ def test_a_published_model_is_evaluated_by_a_sliding_window(modicum, published, 
     ids = tokenizer.encode("\n\n".join(TEXTS * 6))
     found = strided_perplexity(pretrained.model, pretrained.params, ids, window=16, stride=4)
     assert f"perplexity {found.perplexity:.4f}" in said.out
+
+
+def test_a_window_is_not_made_up_for_positions_without_a_limit(refused, tmp_path):
+    tokenizer = train_tokenizer(TEXTS * 4, 300)
+    model = Transformer(replace(modern(1, 16, 2, 1, tokenizer.vocab), mlp=GatedMLP(32)))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    settings = {"model_type": "llama", "max_position_embeddings": 512}
+    folder = tmp_path / "llama"
+    save_pretrained(folder, model, params, architecture="LlamaForCausalLM", settings=settings)
+    tokenizer.save(folder / "tokenizer.json")
+    (tmp_path / "test.txt").write_text("\n".join(TEXTS) + "\n")
+    said = refused("evaluate", folder, "--data", tmp_path / "test.txt")
+    assert "give --length, a window in tokens; config.json has max_position_embeddings=512" in said
 
 
 def test_a_trained_run_is_evaluated_by_a_sliding_window_too(modicum, trained, tmp_path):
