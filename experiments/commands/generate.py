@@ -128,9 +128,10 @@ class Generate:
         clock = Clock()
         rows, more = speaker.prompts([ids])
         tokens = stream(speaker.model, speaker.params, rows[0], **more, **self._options(speaker, sampling))
-        if speaker.start is None:
+        before = ids if speaker.start is None else []
+        if before:
             print(text, end="", flush=True)
-        for piece in stream_text(speaker.tokenizer, clock.count(tokens)):
+        for piece in stream_text(speaker.tokenizer, clock.count(tokens), before):
             print(piece, end="", flush=True)
         print()
         if sys.stderr.isatty():
@@ -139,10 +140,11 @@ class Generate:
     def _batch(self, speaker: LanguageModel, texts: Sequence[str], sampling: Sampling) -> None:
         from ...models.generation import generate
 
-        rows, more = speaker.prompts(encoded(speaker, texts))
+        prompts = encoded(speaker, texts)
+        rows, more = speaker.prompts(prompts)
         made = generate(speaker.model, speaker.params, rows, **more, **self._options(speaker, sampling))
-        for text, row in zip(texts, made.rows()):
-            show(speaker, text, row)
+        for text, ids, row in zip(texts, prompts, made.rows()):
+            show(speaker, text, ids, row)
 
     def _answer(self, speaker: LanguageModel, texts: Sequence[str]) -> None:
         """Print tasks in JSON with their answers in place, as CPM-Bee reads and writes them."""
@@ -168,7 +170,8 @@ class Generate:
     def _search(self, speaker: LanguageModel, texts: Sequence[str]) -> None:
         from ...models.generation import beam_search
 
-        rows, more = speaker.prompts(encoded(speaker, texts))
+        prompts = encoded(speaker, texts)
+        rows, more = speaker.prompts(prompts)
         found = beam_search(
             speaker.model,
             speaker.params,
@@ -181,8 +184,8 @@ class Generate:
             stop_tokens=speaker.stops,
             decoder_tokens=speaker.start,
         )
-        for text, tokens, lengths in zip(texts, found.tokens, found.lengths):
-            show(speaker, text, tokens[0, : lengths[0]])
+        for text, ids, tokens, lengths in zip(texts, prompts, found.tokens, found.lengths):
+            show(speaker, text, ids, tokens[0, : lengths[0]])
 
 
 def task(text: str) -> Any:
@@ -205,9 +208,12 @@ def encoded(speaker: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     return rows
 
 
-def show(speaker: LanguageModel, text: str, row: Any) -> None:
+def show(speaker: LanguageModel, text: str, ids: Sequence[int], row: Any) -> None:
     """One continuation on standard output, after its prompt where the model continued that."""
-    print((text if speaker.start is None else "") + speaker.tokenizer.decode(row), flush=True)
+    from ...models.pretrained.tokenizers import stream_text
+
+    pieces = stream_text(speaker.tokenizer, row, ids if speaker.start is None else ())
+    print("".join([text if speaker.start is None else "", *pieces]), flush=True)
 
 
 class Clock:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from .interface import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+CONTEXT = 8  # tokens of a text before: more than one character's bytes
 
 
 class TextStream:
@@ -14,13 +15,15 @@ class TextStream:
 
     A character may be spread over several tokens: its piece is held back until it is complete. What a
     token reads like depends on the one before it (a leading space), so that each piece is the difference
-    of two decodings of a short window, not of the whole text.
+    of two decodings of a short window, not of the whole text. `before` are the ids of a text that the pieces
+    continue: without them LLaMA's and T5's tokenizers decode a first word without the space before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._shown = 0
+        shown = [int(token) for token in before if int(token) not in tokenizer.tokens.all]
+        self._window = shown[-CONTEXT:]
+        self._shown = len(self._window)
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty for special tokens and unfinished characters."""
@@ -47,9 +50,9 @@ class TextStream:
         return piece
 
 
-def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The non-empty pieces of text of a sequence of ids, as soon as each is complete."""
-    stream = TextStream(tokenizer)
+def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """The non-empty pieces of text of a sequence of ids, as soon as each is complete; `before` as above."""
+    stream = TextStream(tokenizer, before)
     for token in tokens:
         if piece := stream.push(token):
             yield piece

@@ -42,6 +42,17 @@ def test_pieces_come_as_soon_as_they_can(pairs_folder, tmp_path):
     assert stream.finish() == ""
 
 
+def test_pieces_continue_the_text_before(tokenizer, hard_texts):
+    for text in hard_texts:
+        ids = tokenizer.encode(text, special=False)
+        for cut in {len(ids) // 3, 2 * len(ids) // 3}:
+            first = tokenizer.decode(ids[:cut])
+            if not first.strip() or first.endswith("\N{REPLACEMENT CHARACTER}"):
+                continue  # a prompt has something to say, in whole characters
+            pieces = stream_text(tokenizer, ids[cut:], before=tokenizer.encode("")[:1] + ids[:cut])
+            assert first + "".join(pieces) == tokenizer.decode(ids)
+
+
 def test_any_ids(tokenizer):
     rng = np.random.default_rng(0)
     for length in (1, 3, 40):
