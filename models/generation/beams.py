@@ -27,7 +27,7 @@ from .padding import Tokens
 from .prompts import Prompt, prepare, unrolled
 from .sampling import Sampling, forbid, penalise_repetition
 from .steps import Memory, held, read_prompt, read_token, seen_in
-from .stopping import NOTHING, RUNNING, Stops, make_stops, stop_strings
+from .stopping import NOTHING, RUNNING, Stops, StopTokens, make_stops, stop_ids, stop_strings
 
 RULED_OUT = -1e9
 """The score of what must not be chosen, as in transformers: finite, so that it can be added."""
@@ -109,7 +109,7 @@ def beam_search(
     segments: Any = None,
     decoder_tokens: Tokens | int | None = None,
     inputs: Mapping[str, Any] | None = None,
-    stop_tokens: int | Sequence[int] = (),
+    stop_tokens: StopTokens = (),
     stop_sequences: Sequence[Sequence[int]] = (),
     min_new_tokens: int = 0,
     repetition_penalty: float = 1.0,
@@ -135,7 +135,6 @@ def beam_search(
         np.float32(length_penalty),
         penalised.get("repetition_penalty"),
     )
-    ids = 1 if isinstance(stop_tokens, int | np.integer) else len(stop_tokens)
     ended = search(
         model,
         params,
@@ -143,7 +142,7 @@ def beam_search(
         rules,
         capacity=prepared.capacity,
         beams=beams,
-        candidates=min(max(2, 1 + ids) * beams, beams * model.config.vocab),
+        candidates=min(max(2, 1 + len(stop_ids(stop_tokens))) * beams, beams * model.config.vocab),
         early_stopping=early_stopping,
         layout=layout,
     )

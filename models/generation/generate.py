@@ -17,7 +17,7 @@ from .job import Job
 from .padding import Tokens, is_single
 from .prompts import unrolled
 from .sampling import Sampling
-from .stopping import NOTHING, REASONS, Decode
+from .stopping import NOTHING, REASONS, Decode, StopTokens
 
 CHUNK, DISPATCH = 16, 64
 """Steps of one dispatch: between two looks at the text, where strings end rows (up to so many tokens are
@@ -36,7 +36,7 @@ class Options(TypedDict, total=False):
     sampling        how tokens are chosen; `GREEDY` unless given
     rng             for sampling: one key, of which row i uses its i-th fold, or a key for each row `[B]`;
                     a row's sample depends on its key, not on the batch around it
-    stop_tokens     ids that end a row; they are not chosen before `min_new_tokens`
+    stop_tokens     ids that end a row (None: none); they are not chosen before `min_new_tokens`
     stop_sequences  sequences of ids, or strings, that end a row once its new tokens, or their text, have them
                     (from `min_new_tokens` on)
     text_of         a function from ids to text, for strings among `stop_sequences`
@@ -49,7 +49,7 @@ class Options(TypedDict, total=False):
     inputs: Mapping[str, Any] | None
     sampling: Sampling
     rng: jax.Array | None
-    stop_tokens: int | Sequence[int]
+    stop_tokens: StopTokens
     stop_sequences: Sequence[Sequence[int] | str]
     text_of: Decode | None
     min_new_tokens: int

@@ -17,7 +17,7 @@ from .padding import Tokens, fill_rows
 from .prompts import Prepared, prepare
 from .sampling import GREEDY, Sampling
 from .steps import decode, prefill
-from .stopping import RUNNING, STOP_SEQUENCE, Decode, first_stop, make_stops, stop_strings
+from .stopping import RUNNING, STOP_SEQUENCE, Decode, StopTokens, first_stop, make_stops, stop_strings
 
 
 class Job:
@@ -35,7 +35,7 @@ class Job:
         inputs: Mapping[str, Any] | None = None,
         sampling: Sampling = GREEDY,
         rng: jax.Array | None = None,
-        stop_tokens: int | Sequence[int] = (),
+        stop_tokens: StopTokens = (),
         stop_sequences: Sequence[Sequence[int] | str] = (),
         text_of: Decode | None = None,
         min_new_tokens: int = 0,

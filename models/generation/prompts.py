@@ -54,7 +54,14 @@ def unrolled(model: Transformer, params: Params) -> tuple[Transformer, Params]:
 
     Unstacking copies the parameters of the layers. Of a scanned model call this once and generate from what
     it returns; `generate` does it anew in each call. An unrolled model is returned as it is.
+
+    Raises InputError for anything but a `Transformer`.
     """
+    if not isinstance(model, Transformer):
+        raise InputError(
+            f"the model is a {type(model).__name__}; generating needs a Transformer (merge a delta into its "
+            f"parameters first)"
+        )
     if not model.config.scan:
         return model, params
     config = with_changes(model.config, scan=False)
@@ -108,7 +115,12 @@ def _check_model(model: Transformer) -> None:
 def _rows(tokens: Tokens, segments: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     array, real = as_rows(tokens, name)
     if segments is not None:
-        given = np.asarray(segments)
+        try:
+            given = np.asarray(segments)
+        except ValueError as error:
+            raise InputError(
+                f"segments have rows of unequal lengths; beside {name} it must be {array.shape}"
+            ) from error
         real = check_segments(array, given[None] if given.ndim == 1 else given)
     return array, (real != 0).astype(np.int32)
 

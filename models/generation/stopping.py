@@ -23,6 +23,8 @@ NOTHING = -1
 """Fills arrays of tokens where there is none."""
 
 Decode = Callable[[Sequence[int]], str]
+StopTokens = int | Sequence[int] | None
+"""An id, several, or none: what a tokenizer without an end token has."""
 
 
 @struct.dataclass
@@ -56,13 +58,19 @@ class Stops:
         return max(1, self.sequences.shape[1])
 
 
-def make_stops(
-    tokens: int | Sequence[int], sequences: Sequence[Sequence[int] | str], min_new_tokens: int, limit: int
-) -> Stops:
-    """The device's part of the stopping rules; raises InputError for what can never stop a row."""
-    ids = [tokens] if isinstance(tokens, int | np.integer) else list(tokens)
+def stop_ids(tokens: StopTokens) -> list[int]:
+    """The ids that end a row; raises InputError for anything else."""
+    ids = [tokens] if isinstance(tokens, int | np.integer) else [] if tokens is None else list(tokens)
     if any(not isinstance(each, int | np.integer) or each < 0 for each in ids):
         raise InputError(f"stop_tokens={ids}; they are ids, whole numbers from 0")
+    return [int(each) for each in ids]
+
+
+def make_stops(
+    tokens: StopTokens, sequences: Sequence[Sequence[int] | str], min_new_tokens: int, limit: int
+) -> Stops:
+    """The device's part of the stopping rules; raises InputError for what can never stop a row."""
+    ids = stop_ids(tokens)
     if not 0 <= min_new_tokens <= limit:
         raise InputError(f"min_new_tokens={min_new_tokens} must be from 0 to max_new_tokens={limit}")
     numbers = [[int(each) for each in row] for row in sequences if not isinstance(row, str)]

@@ -169,6 +169,7 @@ def test_a_mask_may_be_made_of_the_padded_segments():
         ({"max_new_tokens": 4, "inputs": {"colour": 1}}, "'colour'; valid: positions"),
         ({"max_new_tokens": 4, "min_new_tokens": 5}, "min_new_tokens=5"),
         ({"max_new_tokens": 4, "stop_tokens": [-3]}, "stop_tokens"),
+        ({"max_new_tokens": 4, "segments": [[1, 1], [1]]}, "segments have rows of unequal lengths"),
         ({"max_new_tokens": 4, "stop_sequences": [[]]}, "empty"),
         ({"max_new_tokens": 4, "stop_sequences": ["a"]}, "text_of"),
     ],
@@ -189,6 +190,8 @@ def test_models_that_cannot_generate_are_refused(small):
     model, params = small
     with pytest.raises(InputError, match="ClassifierHead"):
         generate(Transformer(model.config, ClassifierHead(2)), params, [[1]], max_new_tokens=1)
+    with pytest.raises(InputError, match="SingleStack; generating needs a Transformer"):
+        generate(model.module, params, [[1]], max_new_tokens=1)
     with pytest.raises(InputError, match="'encoder'"):
         generate(Transformer(replace(model.config, kind="encoder")), params, [[1]], max_new_tokens=1)
     with pytest.raises(InputError, match="the id 97; the model has the ids 0 to 96"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from modicum import InputError
-from modicum.models.generation import Sampling, generate, stream
+from modicum.models.generation import Sampling, beam_search, generate, stream
 from modicum.models.generation.stopping import NOTHING, Stops, first_stop, make_stops
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -115,6 +115,12 @@ def test_a_stream_stops_when_its_reader_does(small, free):
 def test_a_stream_refuses_before_its_first_token(small):
     with pytest.raises(InputError, match="max_new_tokens"):
         stream(*small, [1], max_new_tokens=0)
+
+
+def test_a_tokenizer_without_an_end_token_stops_nothing(small, free):
+    whole = generate(*small, PROMPTS, max_new_tokens=NEW, stop_tokens=None)
+    assert [row.tolist() for row in whole.rows()] == free
+    beam_search(*small, PROMPTS[:1], max_new_tokens=2, beams=2, stop_tokens=None)
 
 
 def test_stops_find_tokens_and_tails():
