@@ -119,7 +119,7 @@ class GivenBias(Positions):
     values: np.ndarray
 
     def bias(self, heads, bidirectional, precision, std):
-        return lambda: DenseBias(jnp.asarray(self.values))
+        return lambda queries, keys, offset: DenseBias(jnp.asarray(self.values))
 
 
 def given(values):
