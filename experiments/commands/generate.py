@@ -81,7 +81,10 @@ class Generate:
             raise InputError("give --prompt TEXT or --prompts FILE, one of them")
         if self.prompts is None:
             return [self.prompt]
-        lines = [line for line in self.prompts.read_text("utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line for line in self.prompts.read_text("utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.prompts} is not text in UTF-8: {error}") from error
         if not lines:
             raise InputError(f"{self.prompts} has no line of text; one prompt a line is valid")
         return lines

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ... import InputError
 from ...parallel import Layout
+from ..config import TransformerConfig
 from ..costs import abstract_parameters
 from ..heads import Head
 from ..model import Params
@@ -29,7 +30,7 @@ from .files import TensorFiles, listed, locate
 from .mapping import place
 from .match import Matched, match
 from .prepared import Prepared, Rows
-from .settings import Settings
+from .settings import GENERIC, Settings
 
 OWN: Literal["own"] = "own"
 
@@ -99,8 +100,7 @@ def load_pretrained(
     family = registry.family(settings.take("model_type"))
     name = architecture or _architecture(files.settings, family)
     settings.values["architectures"] = [name]  # T5's encoder alone has another configuration
-    own, config = family.head(name, settings), family.read(settings)
-    settings.finish(family.name)
+    own, config = _understood(family, name, settings)
     precision = Precision(param=dtype, compute=compute or dtype)
     precision.require_available()
     config = replace(config, scan=scan, vocab_multiple=vocab_multiple, precision=precision)
@@ -115,9 +115,27 @@ def load_pretrained(
     return Pretrained(model, tree, name, files.settings, files.folder, left, new)
 
 
+def _understood(family: Family, name: str, settings: Settings) -> tuple[Head | None, TransformerConfig]:
+    """The head and the configuration; raises `InputError` for whatever of the settings cannot be used."""
+    try:
+        head, config = family.head(name, settings), family.read(settings)
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        nulls = [key for key, value in settings.values.items() if value is None and key not in GENERIC]
+        also = f"; null are {listed(nulls)}" if nulls else ""
+        raise InputError(
+            f"config.json of a {family.name} model has a value of the wrong kind: {error}{also}"
+        ) from error
+    settings.finish(family.name)
+    return head, config
+
+
 def _architecture(settings: Mapping[str, Any], family: Family) -> str:
     """The file's first architecture."""
     names = settings.get("architectures") or []
+    if not isinstance(names, list):
+        raise InputError(f"config.json has architectures={names!r}; a list of names is valid")
     if not names:
         valid = ", ".join(family.architectures)
         raise InputError(f"config.json names no architectures; give architecture=, one of {valid}")

@@ -30,7 +30,7 @@ MODULES: Mapping[str, str] = {
 
 def family(model_type: str) -> Family:
     """The family called `model_type`; raises `InputError` that lists those there are."""
-    if model_type not in MODULES:
+    if not isinstance(model_type, str) or model_type not in MODULES:
         raise InputError(f"model_type {model_type!r} is not supported; valid: {', '.join(MODULES)}")
     module = importlib.import_module(f".{MODULES[model_type]}", __package__)
     return next(found for found in module.FAMILIES if found.name == model_type)

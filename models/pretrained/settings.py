@@ -132,8 +132,11 @@ class Settings:
         if default and not _alike(value, default[0]):
             kind = type(default[0]).__name__
             raise InputError(f"config.json has {key}={value!r}; a value of type {kind} is valid")
-        whole = default and isinstance(default[0], int) and isinstance(value, float)
-        return int(value) if whole else value
+        if not default or not isinstance(default[0], int) or isinstance(value, bool | None):
+            return value
+        if value < 0:
+            raise InputError(f"config.json has {key}={value}; at least 0 is valid")
+        return int(value)
 
     def require(self, key: str, *allowed: Any) -> Any:
         """The value of `key`, which must be one of `allowed`; the first of these where it is absent."""

@@ -177,6 +177,11 @@ def test_an_empty_file_of_prompts_is_one_line(refused, published, tmp_path):
     assert "no line of text" in refused("generate", published, "--prompts", tmp_path / "empty")
 
 
+def test_a_file_of_prompts_that_is_no_text_is_one_line(refused, published, tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    assert "is not text in UTF-8" in refused("generate", published, "--prompts", tmp_path / "bytes")
+
+
 def test_a_classifier_does_not_generate(refused, published, tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()

@@ -207,6 +207,11 @@ def test_one_tensor_under_two_names(tiny_gpt2, copy_of):
             {"architectures": ["GPT2Dinosaur"]},
             "architecture 'GPT2Dinosaur' of gpt2 is not supported; valid: GPT2LM",
         ),
+        ({"architectures": "GPT2LMHeadModel"}, "architectures='GPT2LMHeadModel'; a list of names is valid"),
+        ({"model_type": ["gpt2"]}, "model_type ['gpt2'] is not supported; valid: gpt2"),
+        ({"n_layer": -1}, "n_layer=-1; at least 0 is valid"),
+        ({"n_head": None}, "has a value of the wrong kind: "),
+        ({"n_head": None}, "; null are n_head"),
         (
             {"architectures": None},
             "names no architectures; give architecture=, one of GPT2LMHeadModel, GPT2M",
