@@ -124,8 +124,9 @@ class Cache:
         that is given a cache it is not, and what is too much replaces the last tokens.
         """
         tokens = segments.shape[1]
-        if isinstance(self.length, int) and self.length + tokens > self.capacity:
-            more = f" after {self.length}" if self.length else ""
+        held = 0 if self.fresh else self.length
+        if isinstance(held, int) and held + tokens > self.capacity:
+            more = f" after {held}" if held else ""
             raise InputError(f"{tokens} tokens{more} do not fit a cache of capacity {self.capacity}")
         if self.fresh:
             grown = jax.tree.map(lambda x: _grown(x, 1, self.capacity), (segments, positions))

@@ -131,6 +131,7 @@ def test_activations_can_be_read_while_decoding(random_parameters):
     [
         (lambda: Cache.empty(1, 0), "capacity=0"),
         (lambda: _run(SMALL, Cache.empty(3, 4)), "10 tokens do not fit a cache of capacity 4"),
+        (lambda: jax.jit(lambda c: _run(SMALL, c))(Cache.empty(3, 4)), "10 tokens do not fit a cache"),
         (lambda: _run(replace(SMALL, kind="encoder"), Cache.empty(3, 16)), "encoder sees its whole input"),
     ],
 )
