@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,19 @@ class TensorFiles:
         return view(self._mapped[tensor.path], tensor, index)
 
 
-def locate(path_or_name: str | Path) -> Path:
+def locate(path_or_name: str | Path, revision: str = "", files: Sequence[str] = HUB_FILES) -> Path:
     """The local folder of a model: a folder as it is, or a name of the Hugging Face hub, fetched.
+
+    Of the hub's files are fetched those that `files` names, as they are at a `revision` (a commit, tag or
+    branch; "": the latest). A local folder has no revisions.
 
     Raises `InputError` where there is neither, where `huggingface_hub` is not installed and where the hub
     cannot be reached and has not been before.
     """
     path = Path(path_or_name).expanduser()
     if path.exists() or isinstance(path_or_name, Path) or not HUB_NAME.fullmatch(str(path_or_name)):
+        if revision:
+            raise InputError(f"revision={revision!r} is of a name on the hub; {path} is a local folder")
         return path
     try:
         from huggingface_hub import snapshot_download
@@ -99,7 +104,8 @@ def locate(path_or_name: str | Path) -> Path:
             f"{path_or_name!r} is no local folder; for a name of the hub: pip install huggingface_hub"
         ) from error
     try:
-        return Path(snapshot_download(str(path_or_name), allow_patterns=list(HUB_FILES)))
+        name = str(path_or_name)
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
     except Exception as error:  # the hub's own, its transport's and the operating system's errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

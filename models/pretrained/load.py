@@ -68,6 +68,7 @@ class Pretrained:
 def load_pretrained(
     path_or_name: str | Path,
     *,
+    revision: str = "",
     head: Head | Literal["own"] | None = OWN,
     architecture: str = "",
     dtype: str = "float32",
@@ -83,6 +84,7 @@ def load_pretrained(
     Tensors are read one shard of one leaf at a time, straight to where they are to lie: in the host's memory
     are never more than the final arrays and one shard.
 
+    revision        commit, tag or branch on the hub ("": the latest); a commit can be had again
     head            what the model is to end in; "own" is that of the file's architecture. Where another has
                     parameters that the file lacks, they are drawn from `rng`
     architecture    the class in `transformers`, where config.json's `architectures` is not what is wanted
@@ -95,7 +97,7 @@ def load_pretrained(
 
     Raises `InputError`, in one line, for whatever the files hold that cannot be used, and lists it.
     """
-    files = TensorFiles.open(locate(path_or_name))
+    files = TensorFiles.open(locate(path_or_name, revision))
     settings = Settings(files.settings, ignore, files.names)
     family = registry.family(settings.take("model_type"))
     name = architecture or _architecture(files.settings, family)

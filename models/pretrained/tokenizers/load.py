@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers as hf
 
 from .... import InputError
+from ..files import locate
 from . import fast
 from .interface import SpecialTokens, Tokenizer
 from .sentences import SentencePieceTokenizer, open_sentencepiece
@@ -118,8 +119,8 @@ class Folder:
         return sides[0], sides[1]
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model's folder, or of a model on the Hugging Face hub.
+def load_tokenizer(folder: str | Path, *, revision: str = "") -> Tokenizer:
+    """The tokenizer of a model's folder, or of a model on the Hugging Face hub at a `revision`.
 
     Reads the first of these that is there: `tokenizer.json`; a sentencepiece model (T5, LLaMA);
     `vocab.json` with `merges.txt` (GPT-2, OPT, RoBERTa); `vocab.txt` (BERT). Special tokens are those of
@@ -130,7 +131,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         InputError: where there is no such file, or one alone does not say how the model tokenizes, or a
             special token is named that has no id.
     """
-    found = open_folder(_local(folder))
+    found = open_folder(_local(folder, revision))
     if found.kind in OWN:
         return _read_own(found)
     readers: tuple[tuple[tuple[str, ...], Callable[[Folder, Path], Tokenizer]], ...] = (
@@ -171,22 +172,11 @@ def open_folder(path: Path) -> Folder:
     return Folder(path, {**settings, "added": added}, kind)
 
 
-def _local(folder: str | Path) -> Path:
-    path = Path(folder)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(folder).count("/") > 1 or str(folder).startswith("."):
+def _local(folder: str | Path, revision: str) -> Path:
+    path = locate(folder, revision, (*FILES, *SETTINGS))
+    if not path.is_dir():
         raise InputError(f"{folder}: no such folder")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        reason = "is no folder here, and the hub needs: pip install huggingface_hub"
-        raise InputError(f"{folder}: {reason}") from error
-    try:
-        return Path(snapshot_download(str(folder), allow_patterns=[*FILES, *SETTINGS]))
-    except Exception as error:  # offline, unknown names and private ones raise unrelated classes
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{folder}: no such folder, and the hub answered: {reason}") from error
+    return path
 
 
 def _json(path: Path) -> dict[str, Any]:

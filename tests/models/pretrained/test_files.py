@@ -189,6 +189,8 @@ def test_local_folders_come_before_names_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "gpt2").mkdir()
     assert locate("gpt2").resolve() == (tmp_path / "gpt2").resolve()
     assert locate("./nowhere/at/all") == type(tmp_path)("nowhere/at/all")
+    with pytest.raises(InputError, match="revision='v1.0' is of a name on the hub; gpt2 is a local folder"):
+        locate("gpt2", "v1.0")
 
 
 def test_a_name_of_the_hub_without_a_network(monkeypatch):
@@ -212,7 +214,8 @@ def test_what_is_fetched_from_the_hub(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     asked = {}
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **given: asked.update(given) or str(tmp_path))
-    assert locate("some/model") == tmp_path
+    assert locate("some/model") == tmp_path and asked["revision"] is None
+    assert locate("some/model", "v1.0") == tmp_path and asked["revision"] == "v1.0"
     from fnmatch import fnmatch
 
     def taken(name):
