@@ -27,7 +27,7 @@ from .padding import Tokens
 from .prompts import Prompt, prepare, unrolled
 from .sampling import Sampling, forbid, penalise_repetition
 from .steps import Memory, held, read_prompt, read_token, seen_in
-from .stopping import NOTHING, RUNNING, Stops, StopTokens, make_stops, stop_ids, stop_strings
+from .stopping import BROKEN_LOGITS, NOTHING, RUNNING, Stops, StopTokens, make_stops, stop_ids, stop_strings
 
 RULED_OUT = -1e9
 """The score of what must not be chosen, as in transformers: finite, so that it can be added."""
@@ -122,7 +122,7 @@ def beam_search(
     no running one would beat the worst complete one if it ended now; "never" where none could at the
     length that favours it most. Prompts, the whole search included, run in one dispatch.
 
-    Raises InputError for prompts, options or lengths that the model cannot take.
+    Raises InputError for prompts, options or lengths that the model cannot take, and for logits that are NaN.
     """
     model, params = unrolled(model, params)
     _check(beams, returned, early_stopping, stop_sequences)
@@ -162,6 +162,8 @@ def _check(
 
 def _outcome(ended: Hypotheses, rows: int, returned: int, span: int, pad_token: int) -> Beams:
     best = jax.tree.map(lambda x: x[:rows, :returned], on_host(ended))
+    if np.isnan(best.scores).any():
+        raise InputError(BROKEN_LOGITS)
     longest = best.lengths.max()
     tokens = best.tokens[:, :, span : span + longest]
     tokens = np.where(np.arange(longest) < best.lengths[..., None], tokens, pad_token)

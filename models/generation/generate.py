@@ -91,7 +91,7 @@ def generate(
     the temperature are not part of them. A model with scanned layers is unstacked in each call, see
     `unrolled`.
 
-    Raises InputError for prompts, options or lengths that the model cannot take.
+    Raises InputError for prompts, options or lengths that the model cannot take, and for logits that are NaN.
     """
     job = Job(*unrolled(model, params), tokens, max_new_tokens, **options)
     while job.unfinished:

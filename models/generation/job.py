@@ -17,7 +17,17 @@ from .padding import Tokens, fill_rows
 from .prompts import Prepared, prepare
 from .sampling import GREEDY, Sampling
 from .steps import decode, prefill
-from .stopping import RUNNING, STOP_SEQUENCE, Decode, StopTokens, first_stop, make_stops, stop_strings
+from .stopping import (
+    BROKEN,
+    BROKEN_LOGITS,
+    RUNNING,
+    STOP_SEQUENCE,
+    Decode,
+    StopTokens,
+    first_stop,
+    make_stops,
+    stop_strings,
+)
 
 
 class Job:
@@ -106,13 +116,18 @@ class Job:
         return bool(self.running(on_host(self.state.reasons)).any())
 
     def running(self, reasons: np.ndarray) -> np.ndarray:
-        """Which rows have not come to their end, bool `[B]`, by the device's `reasons` and by their text."""
+        """Which rows have not come to their end, bool `[B]`, by the device's `reasons` and by their text.
+
+        Raises InputError where the model has left the numbers.
+        """
+        require_numbers(reasons)
         return (reasons == RUNNING)[: self.rows] & ~self.ended[: self.rows]
 
     def outcome(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The new tokens `[B, N]`, how many each row has `[B]`, and why it ended `[B]`."""
         state = on_host((self.state.tokens, self.state.lengths, self.state.reasons))
         tokens, lengths, reasons = (each[: self.rows] for each in state)
+        require_numbers(reasons)
         reasons = np.where(self.ended[: self.rows], STOP_SEQUENCE, reasons)
         return tokens[:, self.stops.span :], np.minimum(lengths, self.cuts), reasons
 
@@ -126,6 +141,12 @@ class Job:
             stop = first_stop(own, self.strings, self.text_of, self.first)
             if stop is not None:
                 self.cuts[row], self.ended[row] = stop, True
+
+
+def require_numbers(reasons: np.ndarray) -> None:
+    """Raise InputError where a row ended because its logits were none."""
+    if (reasons == BROKEN).any():
+        raise InputError(BROKEN_LOGITS)
 
 
 def row_keys(sampling: Sampling, rng: jax.Array | None, rows: int) -> jax.Array | None:

@@ -23,7 +23,7 @@ from ..model import Params
 from ..transformer import Transformer
 from .prompts import Prompt
 from .sampling import Numbers, draw, forbid, penalise_repetition
-from .stopping import NOTHING, RUNNING, STOP_SEQUENCE, Stops
+from .stopping import BROKEN, NOTHING, RUNNING, STOP_SEQUENCE, Stops
 
 Tree = TypeVar("Tree")
 
@@ -199,12 +199,14 @@ def _append(state: State, logits: jax.Array, stops: Stops, numbers: Numbers) -> 
     """Choose a token for each row that has not ended, and see whether that ends it."""
     if state.seen is not None:
         logits = penalise_repetition(logits, state.seen, numbers["repetition_penalty"])
+    broken = jnp.isnan(logits).any(-1)
     logits = forbid(logits, stops.tokens, state.count < stops.min_new_tokens)
     token = draw(logits, numbers, state.keys, state.count)
     running = state.reasons == RUNNING
     shown = jnp.where(running, token, NOTHING)
     tokens = lax.dynamic_update_index_in_dim(state.tokens, shown, stops.span + state.count, 1)
     recent = lax.dynamic_slice_in_dim(tokens, state.count + 1, stops.span, 1)
-    reasons = jnp.where(running, stops.found(recent, state.count + 1), state.reasons)
+    found = jnp.where(broken, BROKEN, stops.found(recent, state.count + 1))
+    reasons = jnp.where(running, found, state.reasons)
     seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
     return State(state.memory, tokens, state.count + 1, state.lengths + running, reasons, state.keys, seen)

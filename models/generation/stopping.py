@@ -17,8 +17,9 @@ from flax import struct
 from ... import InputError
 from .buckets import bucket
 
-RUNNING, STOP_TOKEN, STOP_SEQUENCE = 0, 1, 2
+RUNNING, STOP_TOKEN, STOP_SEQUENCE, BROKEN = 0, 1, 2, 3
 REASONS = {RUNNING: "length", STOP_TOKEN: "stop_token", STOP_SEQUENCE: "stop_sequence"}
+BROKEN_LOGITS = "the model's logits are not numbers (NaN): float16 may overflow; use float32 or bfloat16"
 NOTHING = -1
 """Fills arrays of tokens where there is none."""
 

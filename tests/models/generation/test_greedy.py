@@ -12,7 +12,7 @@ import pytest
 
 from modicum import InputError
 from modicum.models import ClassifierHead, Transformer, stack_layers
-from modicum.models.generation import generate, unrolled
+from modicum.models.generation import beam_search, generate, stream, unrolled
 from modicum.models.kernels import Full, Prefix
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -178,6 +178,19 @@ def test_what_cannot_be_generated_is_refused(options, problem):
     model, params = tiny.build(tiny.CONFIGS["learned"])
     with pytest.raises(InputError, match=problem):
         generate(model, params, [[1, 2, 3, 4]], **options)
+
+
+def test_a_model_that_leaves_the_numbers_says_so(small):
+    """float16 overflows in models trained in bfloat16; the largest of NaNs would be token 0."""
+    model, params = small
+    params = jax.tree.map(lambda x: x * jnp.nan, params)
+    for options in ({"max_new_tokens": 1}, {"max_new_tokens": 20}):
+        with pytest.raises(InputError, match="float16 may overflow"):
+            generate(model, params, [[1, 2], [3]], **options)
+        with pytest.raises(InputError, match="float16 may overflow"):
+            list(stream(model, params, [1, 2], **options))
+    with pytest.raises(InputError, match="float16 may overflow"):
+        beam_search(model, params, [1, 2], max_new_tokens=3, beams=2)
 
 
 def test_the_last_position_can_be_used():
