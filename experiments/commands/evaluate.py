@@ -46,6 +46,8 @@ class Evaluate:
     """Cut longer texts instead of refusing them."""
     stride: int = 0
     """Tokens by which the window of --length tokens slides; 0: half of it for a published model."""
+    ignore: tuple[str, ...] = ()
+    """Keys of a published config.json to pass over although nobody here knows them."""
 
     def run(self) -> int:
         """Print the means over the split."""
@@ -73,7 +75,7 @@ class Evaluate:
 
         if self.delta is not None:
             raise InputError("--stride and published models are evaluated without --delta so far")
-        speaker = open_language_model(str(self.model), "float32")
+        speaker = open_language_model(str(self.model), "float32", self.ignore)
         if speaker.pretrained is not None and speaker.pretrained.prepares:
             name = speaker.pretrained.architecture
             raise InputError(

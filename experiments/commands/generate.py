@@ -55,6 +55,8 @@ class Generate:
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of a published checkpoint's parameters and arithmetic."""
+    ignore: tuple[str, ...] = ()
+    """Keys of a published config.json to pass over although nobody here knows them."""
 
     def run(self) -> int:
         """Print the continuations."""
@@ -65,7 +67,7 @@ class Generate:
         self._check()
         sampling = self._sampling()
         cache_compilations()
-        speaker = open_language_model(self.model, self.dtype)
+        speaker = open_language_model(self.model, self.dtype, self.ignore)
         if speaker.reads_json:
             self._answer(speaker, texts)
         elif self.beams > 1:

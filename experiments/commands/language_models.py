@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,8 +52,10 @@ def is_published(path: str) -> bool:
     return file.is_file() and '"model_type"' in file.read_text("utf-8")
 
 
-def open_language_model(path: str, dtype: str) -> LanguageModel:
+def open_language_model(path: str, dtype: str, ignore: Sequence[str] = ()) -> LanguageModel:
     """The model at `path`, a folder of either kind, or published under that name.
+
+    `ignore` are keys of a published config.json to pass over, as in `load_pretrained`.
 
     Raises `InputError` where no such model is, or none that continues texts.
     """
@@ -60,7 +63,7 @@ def open_language_model(path: str, dtype: str) -> LanguageModel:
 
     if any((folder / DESCRIPTION).is_file() for folder in (Path(path), Path(path) / "model")):
         return _trained(Path(path))
-    return _published(path, dtype)
+    return _published(path, dtype, ignore)
 
 
 def _trained(path: Path) -> LanguageModel:
@@ -76,12 +79,12 @@ def _trained(path: Path) -> LanguageModel:
     return LanguageModel(trained.model, trained.params, FastTokenizer(own.inner, special), (own.eos,))
 
 
-def _published(path: str, dtype: str) -> LanguageModel:
+def _published(path: str, dtype: str, ignore: Sequence[str]) -> LanguageModel:
     from ...models.heads import LanguageModelHead
     from ...models.pretrained import load_pretrained
     from ...models.pretrained.tokenizers import load_tokenizer
 
-    pretrained = load_pretrained(path, dtype=dtype)
+    pretrained = load_pretrained(path, dtype=dtype, ignore=ignore)
     if not isinstance(pretrained.model.head, LanguageModelHead):
         raise InputError(f"{path} holds a {pretrained.architecture}; generating needs a language model")
     tokenizer = load_tokenizer(pretrained.folder)

@@ -145,6 +145,14 @@ def test_a_text_ends_where_either_file_of_settings_says(modicum, published, tmp_
     assert said.out == TEXTS[0] + tokenizer.decode(made.tokens[0, : first + 1]) + "\n"
 
 
+def test_a_key_that_nobody_knows_is_refused_or_passed_over(modicum, refused, published, tmp_path):
+    folder = with_settings(published, tmp_path / "m", config={"is_llama_config": True})
+    asked = ("generate", folder, "--prompt", TEXTS[0], *NEW)
+    assert "is_llama_config=True (unknown key" in refused(*asked)
+    said = modicum(*asked, "--ignore", "is_llama_config")
+    assert said.code == 0, said.error
+
+
 def test_a_damaged_generation_config_is_one_line(refused, published, tmp_path):
     folder = with_settings(published, tmp_path / "m", generation_config={})
     (folder / "generation_config.json").write_text("{")
