@@ -74,6 +74,8 @@ def make_stops(
     ids = stop_ids(tokens)
     if not 0 <= min_new_tokens <= limit:
         raise InputError(f"min_new_tokens={min_new_tokens} must be from 0 to max_new_tokens={limit}")
+    if isinstance(sequences, str) or any(np.ndim(row) != 1 for row in sequences if not isinstance(row, str)):
+        raise InputError(f"stop_sequences={sequences!r}; it is a list of strings and of lists of ids")
     numbers = [[int(each) for each in row] for row in sequences if not isinstance(row, str)]
     if any(not row for row in [*numbers, *(row for row in sequences if isinstance(row, str))]):
         raise InputError("stop_sequences has an empty one; each needs at least one token or letter")

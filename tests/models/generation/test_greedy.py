@@ -171,6 +171,8 @@ def test_a_mask_may_be_made_of_the_padded_segments():
         ({"max_new_tokens": 4, "stop_tokens": [-3]}, "stop_tokens"),
         ({"max_new_tokens": 4, "segments": [[1, 1], [1]]}, "segments have rows of unequal lengths"),
         ({"max_new_tokens": 4, "stop_sequences": [[]]}, "empty"),
+        ({"max_new_tokens": 4, "stop_sequences": "end", "text_of": str}, "it is a list of strings"),
+        ({"max_new_tokens": 4, "stop_sequences": [1, 2]}, r"stop_sequences=\[1, 2\]; it is a list"),
         ({"max_new_tokens": 4, "stop_sequences": ["a"]}, "text_of"),
     ],
 )
