@@ -6,8 +6,8 @@ logits, cache = model.apply(params, token, cache=cache)          # token [B, 1]
 A cache has room for `capacity` tokens a row, and who appends has to count: more would overwrite the last of
 them, and no error can be raised while a program runs. Each call appends its T tokens to every row; padding
 has segment 0 and is never seen. Where a bias or window counts distances by index, pad on the left: then the
-distance in the cache is that in the text. `Slots.append` is the one place that knows how keys and values
-are laid out: a paged cache is another class with this method and `segments`, `length` beside it.
+distance in the cache is that in the text. `KeyValues` and `Slots.append` know how keys and values are laid
+out, beside `generation.steps.held`, which splits them over a mesh: a paged cache is another pair of these.
 """
 
 from __future__ import annotations
