@@ -24,7 +24,7 @@ from .precision import BF16, FP16, FP32, FP64, Precision
 from .presets import PRESETS, preset
 from .relations import SegmentPositions, SegmentRelations, TreePositions, TreeRelations
 from .residuals import NormedResidual, PostNorm, PreNorm
-from .rotary import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
+from .rotary import DynamicScaling, LinearScaling, Llama3Scaling, RotaryScaling, YarnScaling
 from .rotary2d import Rotary2D
 from .stacking import stack_layers, unstack_layers
 from .transformer import Transformer
@@ -67,6 +67,7 @@ __all__ = [
     "RelativeBuckets",
     "Rotary",
     "Rotary2D",
+    "RotaryScaling",
     "SegmentPositions",
     "SegmentRelations",
     "Sinusoidal",
