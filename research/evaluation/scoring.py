@@ -39,13 +39,14 @@ def score_continuations(
     Texts longer than `limit` + 1 tokens lose the beginning of their context. `rows` are read at once, the
     longest first; rows of a bucket of lengths are one program.
 
-    Raises InputError for an empty context or continuation, and for a continuation of more than `limit`.
+    Raises InputError for a model that is no decoder, a limit beyond its positions, an empty context or
+    continuation, a continuation of more than `limit`, and ids that the model has not.
     """
+    if model.config.kind != "decoder":
+        raise InputError(f"the model is of kind {model.config.kind!r}; continuations are scored by a decoder")
+    model.config.positions.require(limit)
     for context, continuation in pairs:
-        if not context or not continuation:
-            raise InputError("a context or continuation has no tokens; each needs at least one")
-        if len(continuation) > limit:
-            raise InputError(f"a continuation has {len(continuation)} tokens; at most {limit} are valid")
+        _check(context, continuation, limit, model.config.vocab)
     rows = rows if layout is None else layout.fitting_rows(rows)
     scores: dict[int, Score] = {}
     for chosen, width in _batches([len(a) + len(b) - 1 for a, b in pairs], limit, rows):
@@ -54,6 +55,16 @@ def score_continuations(
         nats, greedy = on_host(_score(model, params, *placed))
         scores |= {i: Score(-float(n), bool(g)) for i, n, g in zip(chosen, nats, greedy)}
     return [scores[index] for index in range(len(pairs))]
+
+
+def _check(context: Sequence[int], continuation: Sequence[int], limit: int, vocab: int) -> None:
+    if not len(context) or not len(continuation):
+        raise InputError("a context or continuation has no tokens; each needs at least one")
+    if len(continuation) > limit:
+        raise InputError(f"a continuation has {len(continuation)} tokens; at most {limit} are valid")
+    ids = np.concatenate([context, continuation])
+    if ids.min() < 0 or ids.max() >= vocab:
+        raise InputError(f"tokens lie in {ids.min()} to {ids.max()}; the model has {vocab} ids")
 
 
 def _batches(lengths: Sequence[int], limit: int, rows: int) -> Iterator[tuple[list[int], int]]:

@@ -1,5 +1,7 @@
 """Log-likelihoods of continuations against reading each text alone; batches and buckets change nothing."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,10 +87,25 @@ def test_programs_are_compiled_per_bucket(model):
     assert _score._cache_size() == 3  # 16, 24 and 32 columns
 
 
-@pytest.mark.parametrize("pair, problem", [(([], [1]), "no tokens"), (([1], []), "no tokens")])
-def test_nothing_cannot_be_scored(model, pair, problem):
+@pytest.mark.parametrize(
+    "pair, problem",
+    [
+        (([], [1]), "no tokens"),
+        (([1], []), "no tokens"),
+        (([1], [53]), "tokens lie in 1 to 53; the model has 53 ids"),
+        (([-1], [5]), "tokens lie in -1 to 5"),
+    ],
+)
+def test_what_is_no_text_cannot_be_scored(model, pair, problem):
     with pytest.raises(InputError, match=problem):
         score_continuations(*model, [pair], limit=LIMIT)
+
+
+def test_models_and_limits_that_cannot_score_are_refused(model):
+    with pytest.raises(InputError, match="'encoder'; continuations are scored by a decoder"):
+        score_continuations(Transformer(replace(CONFIG, kind="encoder")), model[1], [([1], [2])], limit=8)
+    with pytest.raises(InputError, match="length 33 exceeds the model's 32 positions"):
+        score_continuations(*model, [([1], [2])], limit=33)
 
 
 def test_a_continuation_longer_than_the_model_is_refused(model):
