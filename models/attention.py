@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import InputError
-from .cache import COLLECTION, KeyValues, Slots
+from .cache import COLLECTION, CROSS, KeyValues, Slots
 from .hooks import Hook
 from .kernels import Bias, Joined, Mask, Window, attention, decode_attention
 
@@ -67,7 +67,7 @@ class GroupedQuery:
 
     def build(self, config: TransformerConfig, cross: bool = False) -> nn.Module:
         """`attention` or `cross_attention`, with children `query`, `key`, `value` and `output`."""
-        return AttentionModule(config, self, cross, name="cross_attention" if cross else "attention")
+        return AttentionModule(config, self, cross, name=CROSS if cross else "attention")
 
 
 def multi_head(heads: int, **options: bool | int | float | str) -> GroupedQuery:

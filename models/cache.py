@@ -25,6 +25,7 @@ from .. import InputError
 from .kernels import Joined
 
 COLLECTION = "cache"
+CROSS = "cross_attention"  # the layer that keeps keys and values of the encoder's output
 LENGTH = -2  # the axis over slots, in either form
 
 
@@ -152,6 +153,16 @@ class Cache:
             lambda x: x if jnp.ndim(x) == 0 else jnp.take(x, indices, axis=0), replace(self, entries={})
         )
         return replace(others, entries=entries)
+
+    def exchanged(self, indices: jax.Array) -> Cache:
+        """`rows` among rows (beams) that read one encoder's output: what is kept of that stays in place."""
+        taken = self.rows(indices)
+        entries = jax.tree_util.tree_map_with_path(
+            lambda path, old, new: old if any(getattr(key, "key", "") == CROSS for key in path) else new,
+            self.entries,
+            taken.entries,
+        )
+        return replace(taken, entries=entries, memory_segments=self.memory_segments)
 
     def repeat(self, times: int) -> Cache:
         """Each row `times` times, one after another."""

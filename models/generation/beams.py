@@ -21,6 +21,7 @@ from jax import lax
 from ... import InputError
 from ...parallel import Layout
 from ...parallel.batches import on_host
+from ..cache import Cache
 from ..model import Params
 from ..transformer import Transformer
 from .padding import Tokens
@@ -188,7 +189,13 @@ def search(
     (rows, width), vocab = prompt.tokens.shape, model.config.vocab
     repeated = jnp.repeat(jnp.arange(rows), beams)
     seen = None if rules.repetition_penalty is None else seen_in(prompt, vocab)[repeated]
-    start = _start(rows, beams, rules.stops.span + capacity - width, _rows_of(memory, repeated), seen)
+    start = _start(
+        rows,
+        beams,
+        rules.stops.span + capacity - width,
+        _with_cache(memory, memory.cache.rows(repeated), repeated),
+        seen,
+    )
 
     def choose(state: Search, logits: jax.Array) -> Search:
         return _choose(state, logits, rules, candidates, early_stopping)
@@ -224,9 +231,10 @@ def _start(rows: int, beams: int, columns: int, memory: Memory, seen: jax.Array 
     )
 
 
-def _rows_of(memory: Memory, indices: jax.Array) -> Memory:
+def _with_cache(memory: Memory, cache: Cache, indices: jax.Array) -> Memory:
+    """The memory of the rows at `indices`, whose cache is this."""
     beside = jax.tree.map(lambda x: jnp.take(x, indices, axis=0), (memory.positions, memory.token_types))
-    return Memory(memory.cache.rows(indices), *beside)
+    return Memory(cache, *beside)
 
 
 def _choose(
@@ -250,7 +258,7 @@ def _choose(
     if seen is not None:
         seen = seen.at[jnp.arange(rows * beams), last.reshape(-1)].set(True)
     return Search(
-        _rows_of(state.memory, chosen_rows),
+        _with_cache(state.memory, state.memory.cache.exchanged(chosen_rows), chosen_rows),
         running,
         ended,
         complete,

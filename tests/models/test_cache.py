@@ -140,6 +140,21 @@ def test_impossible_caches_are_errors(call, message):
         call()
 
 
+def test_rows_of_one_input_exchange_all_but_what_they_keep_of_it(random_parameters):
+    model = Transformer(replace(SMALL, kind="encoder-decoder", positions=Rotary()))
+    params = random_parameters(model, TOKENS, decoder_tokens=TOKENS)
+    _, cache = model.apply(params, TOKENS, decoder_tokens=TOKENS[:, :4], cache=Cache.empty(3, 8))
+    order = jnp.array([2, 0, 0])
+    exchanged, taken = cache.exchanged(order), cache.rows(order)
+    for path, entry in jax.tree_util.tree_leaves_with_path(exchanged.entries):
+        of = cache if "cross_attention" in jax.tree_util.keystr(path) else taken
+        assert any(np.array_equal(entry, each) for each in jax.tree.leaves(of.entries))
+        if of is cache:
+            assert any(entry is each for each in jax.tree.leaves(cache.entries))
+    np.testing.assert_array_equal(exchanged.segments, taken.segments)
+    assert exchanged.memory_segments is cache.memory_segments
+
+
 def test_a_full_cache_takes_no_more_tokens(random_parameters):
     model = Transformer(SMALL)
     params = random_parameters(model, TOKENS)
