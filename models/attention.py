@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import InputError
-from .cache import COLLECTION, CROSS, KeyValues, Slots
+from .cache import COLLECTION, CROSS, Entries, Store
 from .hooks import Hook
 from .kernels import Bias, Joined, Mask, Window, attention, decode_attention
 
@@ -31,7 +31,7 @@ class GroupedQuery:
     (0: no limit; cross-attention has none). `scale` 0 means 1 / sqrt(K).
     `soft_cap` c turns scores s into c tanh(s / c) (0: off). `bias` is that of the projections, `output_bias`
     of the last one where it differs. `query_key_norm` normalises each head's query and key before they are
-    rotated (Qwen3). `implementation` names a kernel.
+    rotated (Qwen3). `implementation` names a kernel; a cache's own form of keys has a kernel of its own.
     """
 
     heads: int = 12
@@ -101,7 +101,7 @@ class AttentionModule(nn.Module):
         bias: Bias | None = None,
         positions: Any = None,
         memory: jax.Array | None = None,
-        slots: Slots | None = None,
+        slots: Store | None = None,
     ) -> jax.Array:
         config, choice = self.config, self.choice
         query = self._project(x, "query", choice.heads, positions)
@@ -125,26 +125,26 @@ class AttentionModule(nn.Module):
             y = self.config.norm.build(self.config.precision, f"{name}_norm")(y)
         return y if positions is None else self.config.positions.rotate(y, positions)
 
-    def _memory(self, memory: jax.Array | None, slots: Slots | None) -> tuple[jax.Array, jax.Array]:
+    def _memory(self, memory: jax.Array | None, slots: Store | None) -> tuple[jax.Array, jax.Array]:
         """Keys and values of the memory, or those kept from the call that had it."""
         if memory is None:
-            stored: KeyValues = self.get_variable(COLLECTION, "entries")
+            stored: Entries = self.get_variable(COLLECTION, "entries")
             return stored.read()
         key, value = (self._project(memory, name, self.choice.groups) for name in ("key", "value"))
         if slots is not None:
-            self.put_variable(COLLECTION, "entries", KeyValues.of(key, value, slots.joined))
+            self.put_variable(COLLECTION, "entries", slots.keep(key, value))
         return key, value
 
-    def _remember(self, key: jax.Array, value: jax.Array, slots: Slots | None) -> tuple[jax.Array, jax.Array]:
+    def _remember(self, key: jax.Array, value: jax.Array, slots: Store | None) -> tuple[jax.Array, jax.Array]:
         """Keep the keys and values; return all that the queries look at."""
         if slots is None:
             return key, value
-        stored: KeyValues | None = self.get_variable(COLLECTION, "entries")
+        stored: Entries | None = self.get_variable(COLLECTION, "entries")
         entries, key, value = slots.append(stored, key, value)
         self.put_variable(COLLECTION, "entries", entries)
         return key, value
 
-    def _windowed(self, mask: Mask, slots: Slots | None, own: bool) -> Mask:
+    def _windowed(self, mask: Mask, slots: Store | None, own: bool) -> Mask:
         side = self.choice.window - 1
         if side < 0:
             return mask

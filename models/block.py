@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 from flax import struct
 
-from .cache import Slots
+from .cache import Store
 from .config import TransformerConfig
 from .hooks import Hook
 from .kernels import Bias, Mask
@@ -28,7 +28,7 @@ class Context:
     bias: Bias | None = None
     memory: jax.Array | None = None
     memory_mask: Mask | None = None
-    slots: Slots | None = None
+    slots: Store | None = None
     train: bool = struct.field(pytree_node=False, default=False)
 
 

@@ -6,15 +6,15 @@ logits, cache = model.apply(params, token, cache=cache)          # token [B, 1]
 A cache has room for `capacity` tokens a row, and who appends has to count: more would overwrite the last of
 them, and no error can be raised while a program runs. Each call appends its T tokens to every row; padding
 has segment 0 and is never seen. Where a bias or window counts distances by index, pad on the left: then the
-distance in the cache is that in the text. `KeyValues` and `Slots.append` know how keys and values are laid
-out, beside `generation.steps.held`, which splits them over a mesh: a paged cache is another pair of these.
+distance in the cache is that in the text. Attention knows a cache by `Store` and `Entries` alone; `Slots` and
+`KeyValues` are the contiguous pair, which `generation.steps.held` splits over a mesh; a paged one is another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,30 @@ from .kernels import Joined
 COLLECTION = "cache"
 CROSS = "cross_attention"  # the layer that keeps keys and values of the encoder's output
 LENGTH = -2  # the axis over slots, in either form
+
+
+class Entries(Protocol):
+    """What a cache holds of one attention layer, a pytree."""
+
+    def read(self) -> tuple[Any, Any]:
+        """Keys and values as `attention` or `decode_attention` takes them, `[B, S, G, K]`."""
+
+
+class Store(Protocol):
+    """Where the keys and values of one call go: all that an attention layer asks of a cache."""
+
+    @property
+    def start(self) -> int | jax.Array:
+        """How many tokens came before those of the call."""
+
+    def append(self, stored: Any, key: jax.Array, value: jax.Array) -> tuple[Any, Any, Any]:
+        """The layer's new `Entries` (None in the first call), and what the call's queries look at.
+
+        `key` and `value` are those of the call's tokens, `[B, T, G, K]`.
+        """
+
+    def keep(self, key: jax.Array, value: jax.Array) -> Any:
+        """`Entries` that later calls only read: those of an encoder's output `[B, S, G, K]`."""
 
 
 @struct.dataclass
@@ -56,7 +80,7 @@ class KeyValues:
 
 @struct.dataclass
 class Slots:
-    """Where the tokens of one call stand: from `start` on, in a cache with `capacity` slots a row."""
+    """The `Store` of a contiguous cache: tokens stand from `start` on, in `capacity` slots a row."""
 
     start: int | jax.Array
     capacity: int = struct.field(pytree_node=False)
@@ -79,6 +103,10 @@ class Slots:
             new,
         )
         return entries, *entries.read()
+
+    def keep(self, key: jax.Array, value: jax.Array) -> KeyValues:
+        """All of them, in a cache's form."""
+        return KeyValues.of(key, value, self.joined)
 
 
 @struct.dataclass
@@ -107,6 +135,11 @@ class Cache:
             raise InputError(f"a cache has capacity={capacity}; at least 1 is valid")
         joined = jax.default_backend() == "cpu" if joined is None else joined
         return cls({}, jnp.zeros((batch, capacity), jnp.int32), None, 0, joined=joined)
+
+    @property
+    def store(self) -> Store:
+        """Where the next call's keys and values go."""
+        return Slots(self.length, self.capacity, self.joined)
 
     @property
     def capacity(self) -> int:

@@ -10,7 +10,7 @@ from flax import struct
 
 from .. import InputError
 from .block import Context
-from .cache import Cache, Slots
+from .cache import Cache, Store
 from .config import TransformerConfig
 from .kernels import Causal, Full, Mask, Segments
 
@@ -28,7 +28,7 @@ class Place:
     segments: jax.Array | None
     causal: bool = struct.field(pytree_node=False)
     cache: Cache | None = None
-    slots: Slots | None = None
+    slots: Store | None = None
 
     @classmethod
     def of(
@@ -63,7 +63,7 @@ class Place:
             raise InputError("an encoder sees its whole input at once and has no use for a cache")
         segments = jnp.ones_like(tokens) if segments is None else segments
         positions = cache.next_positions(segments) if positions is None else positions
-        start, slots = cache.length, Slots(cache.length, cache.capacity, cache.joined)
+        start, slots = cache.length, cache.store
         grown = cache.extended(segments, positions)
         seen = (segments, positions) if cache.fresh else (grown.segments, grown.positions)
         mask = mask if mask is not None else Causal(start)

@@ -34,7 +34,8 @@ class Transformer(LinenModel):
 
     `apply(params, tokens)` takes integers `[B, T]` and, by keyword,
     * `segments` (0 is padding, 1, 2, ... are packed documents; tokens attend within their own);
-    * `positions` and `token_types`; `mask`, who sees whom instead of the configuration's rule;
+    * `positions` (0, 1, ... unless given: padding on the left counts too) and `token_types`;
+    * `mask`, who sees whom instead of the configuration's rule;
     * `last=True`: only the last column goes to the head, `[B, 1, V]`;
     * `cache`: returns `(outputs, cache)`, see `models.cache`;
     * `extra`: what its head takes beside the hidden states (`ExtraWords` of an `ExtendedHead`).

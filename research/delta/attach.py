@@ -120,7 +120,7 @@ class Tuned:
         """Parameters of the plain model that compute what the tuned one does (without dropout).
 
         Raises `InputError` that names the method which no weights can express, and where it is, and for a
-        model whose products are scaled: there a sum of weights is not a sum of outputs.
+        model whose products are scaled: the methods' products are not, which is not accounted for yet.
         """
         if getattr(getattr(self.model, "config", None), "scaled_linears", False) and self._sites:
             raise InputError(

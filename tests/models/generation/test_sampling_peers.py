@@ -30,7 +30,7 @@ PROCESSORS = [
 ]
 
 
-@pytest.mark.parametrize("function, name, arguments", PROCESSORS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("function, name, arguments", PROCESSORS, ids=[f"{n}{a}" for _, n, a in PROCESSORS])
 def test_processors_agree(function, name, arguments):
     processor = getattr(transformers, name, None) or getattr(transformers.generation.logits_process, name)
     expected = processor(*arguments)(torch.tensor(IDS), torch.tensor(LOGITS)).numpy()
