@@ -155,7 +155,8 @@ class Cache:
         """The cache with room taken for tokens of these segments `[B, T]`; their entries are to follow.
 
         Raises `InputError` for more tokens than there is room for, where the length is known: in a program
-        that is given a cache it is not, and what is too much replaces the last tokens.
+        that is given a cache it is not, and what is too much replaces the last tokens. Also for positions of
+        another kind than those of the tokens before.
         """
         tokens = segments.shape[1]
         held = 0 if self.fresh else self.length
@@ -165,6 +166,7 @@ class Cache:
         if self.fresh:
             grown = jax.tree.map(lambda x: _grown(x, 1, self.capacity), (segments, positions))
             return replace(self, segments=grown[0], positions=grown[1], length=tokens)
+        _require_alike(self.positions, positions)
         start = jnp.asarray(self.length, jnp.int32)
         old, new = (self.segments, self.positions), (segments, positions)
         grown = jax.tree.map(
@@ -214,3 +216,13 @@ def _take_rows(x: jax.Array | Joined, indices: jax.Array) -> jax.Array | Joined:
     split = x.array.reshape(-1, x.groups, *x.array.shape[1:])
     taken = jnp.take(split, indices, axis=0)
     return Joined(taken.reshape(-1, *x.array.shape[1:]), x.groups)
+
+
+def _require_alike(held: Any, given: Any) -> None:
+    """Raise `InputError` where a call's positions are of another kind than those that the cache holds."""
+    shapes = [[leaf.shape[2:] for leaf in jax.tree.leaves(each)] for each in (held, given)]
+    if jax.tree.structure(held) != jax.tree.structure(given) or shapes[0] != shapes[1]:
+        raise InputError(
+            f"a token's positions have the shapes {shapes[1]}, in the cache they have {shapes[0]}; "
+            f"give positions=, as config.positions.advance makes them"
+        )

@@ -19,6 +19,7 @@ from modicum.models import (
     RelativeBuckets,
     RMSNorm,
     Rotary,
+    Rotary2D,
     Transformer,
     TransformerConfig,
     YarnScaling,
@@ -176,3 +177,13 @@ def test_multi_head_decodes_in_half_precision(random_parameters):
     whole = model.apply(params, TOKENS, segments=SEGMENTS, positions=POSITIONS)
     real = np.asarray(SEGMENTS) > 0
     np.testing.assert_allclose(decoded(model, params, 5)[real], whole[real], rtol=0.05, atol=0.05)
+
+
+def test_positions_of_another_kind_than_the_prompts_are_an_error():
+    model = Transformer(replace(SMALL, positions=Rotary2D()))
+    params = model.init(jax.random.key(0), TOKENS)
+    both = jnp.stack([POSITIONS, POSITIONS], -1)
+    _, cache = model.apply(params, TOKENS, positions=both, cache=Cache.empty(3, 12))
+    with pytest.raises(InputError, match="give positions=") as error:
+        model.apply(params, TOKENS[:, :1], cache=cache)
+    assert "\n" not in str(error.value)
