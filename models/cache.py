@@ -220,8 +220,8 @@ def _take_rows(x: jax.Array | Joined, indices: jax.Array) -> jax.Array | Joined:
 
 def _require_alike(held: Any, given: Any) -> None:
     """Raise `InputError` where a call's positions are of another kind than those that the cache holds."""
-    shapes = [[leaf.shape[2:] for leaf in jax.tree.leaves(each)] for each in (held, given)]
-    if jax.tree.structure(held) != jax.tree.structure(given) or shapes[0] != shapes[1]:
+    shapes = [jax.tree.map(lambda leaf: leaf.shape[2:], each) for each in (held, given)]
+    if shapes[0] != shapes[1]:
         raise InputError(
             f"a token's positions have the shapes {shapes[1]}, in the cache they have {shapes[0]}; "
             f"give positions=, as config.positions.advance makes them"
