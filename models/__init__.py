@@ -6,7 +6,7 @@
 * `positions`, `rotary`; `relations`, `rotary2d` and `extended` are CPM's and ChatGLM's
 * `kernels` the attention function behind one front
 * `hooks` reading and editing activations; `axes` logical axis names; `stacking` scanned layers
-* `losses`, `costs`, `precision`
+* `losses`, `costs`, `precision`, `tables`
 """
 
 from .attention import GroupedQuery, multi_head, multi_query

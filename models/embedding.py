@@ -12,6 +12,7 @@ import numpy as np
 from .. import InputError
 from .config import TransformerConfig
 from .hooks import Hook
+from .tables import look_up
 
 
 class Embedding(nn.Module):
@@ -39,9 +40,8 @@ class TypeEmbedding(nn.Module):
     @nn.compact
     def __call__(self, token_types: jax.Array) -> jax.Array:
         config = self.config
-        shape, dtype = (config.token_types, config.width), jnp.dtype(config.precision.param)
-        table = self.param("table", nn.initializers.normal(config.initial_std), shape, dtype)
-        return jnp.take(table.astype(config.precision.compute), token_types, axis=0)
+        shape = config.token_types, config.width
+        return look_up(self, shape, config.precision, config.initial_std, token_types)
 
 
 def embed(

@@ -147,13 +147,8 @@ class PoolerModule(nn.Module):
     def __call__(
         self, hidden: jax.Array, segments: jax.Array | None, table: jax.Array | None = None
     ) -> jax.Array:
-        config = self.config
         pooled = pool(hidden, segments, self.pooling)
-        shape, dtype = (config.width, config.width), jnp.dtype(config.precision.param)
-        kernel = self.param("kernel", nn.initializers.normal(config.initial_std), shape, dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape[1:], dtype)
-        pooled = pooled @ kernel.astype(pooled.dtype) + bias.astype(pooled.dtype)
-        return activation_function(self.activation)(pooled)
+        return activation_function(self.activation)(affine(self, self.config, pooled, self.config.width))
 
 
 class ClassifierModule(nn.Module):
@@ -169,11 +164,16 @@ class ClassifierModule(nn.Module):
             pooled = first(hidden, segments)
         else:
             pooled = pool(hidden, segments, self.choice.pooling)
-        dtype, shape = jnp.dtype(self.config.precision.param), (hidden.shape[-1], self.choice.labels)
-        kernel = self.param("kernel", nn.initializers.normal(self.config.initial_std), shape, dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape[1:], dtype)
-        logits = pooled @ kernel.astype(pooled.dtype) + bias.astype(pooled.dtype)
+        logits = affine(self, self.config, pooled, self.choice.labels)
         return logits.astype(self.config.precision.output)
+
+
+def affine(head: nn.Module, config: TransformerConfig, x: jax.Array, features: int) -> jax.Array:
+    """`x [B, D]` times the head's parameter `kernel` `[D, features]`, plus its `bias`, in the type of `x`."""
+    shape, dtype = (x.shape[-1], features), jnp.dtype(config.precision.param)
+    kernel = head.param("kernel", nn.initializers.normal(config.initial_std), shape, dtype)
+    bias = head.param("bias", nn.initializers.zeros, shape[1:], dtype)
+    return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 
 
 def pool(hidden: jax.Array, segments: jax.Array | None, pooling: str) -> jax.Array:

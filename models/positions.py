@@ -20,6 +20,7 @@ from .kernels import ALiBi as ALiBiBias
 from .kernels import Bias, Bucketed, alibi_slopes
 from .precision import Precision
 from .rotary import RotaryScaling, rotate_pairs
+from .tables import look_up
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,8 @@ class LearnedModule(nn.Module):
     @nn.compact
     def __call__(self, positions: jax.Array) -> jax.Array:
         self.choice.require(positions.shape[-1])
-        rows, dtype = self.choice.max_length + self.choice.offset, jnp.dtype(self.precision.param)
-        table = self.param("table", nn.initializers.normal(self.std), (rows, self.width), dtype)
-        return jnp.take(table.astype(self.precision.compute), positions + self.choice.offset, axis=0)
+        shape = self.choice.max_length + self.choice.offset, self.width
+        return look_up(self, shape, self.precision, self.std, positions + self.choice.offset)
 
 
 class SinusoidalModule(nn.Module):

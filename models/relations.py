@@ -18,6 +18,7 @@ from .kernels import Bias, Relations
 from .positions import Positions
 from .precision import Precision
 from .rotary import inverse_frequencies, rotate_pairs
+from .tables import look_up
 
 
 @struct.dataclass
@@ -168,9 +169,8 @@ class KindsModule(nn.Module):
 
     @nn.compact
     def __call__(self, positions: Any) -> jax.Array:
-        shape, dtype = (self.choice.kinds, self.width), jnp.dtype(self.precision.param)
-        table = self.param("table", nn.initializers.normal(self.std), shape, dtype)
-        rows = jnp.take(table, as_segments(positions).segment, axis=0).astype(self.precision.compute)
+        shape = self.choice.kinds, self.width
+        rows = look_up(self, shape, self.precision, self.std, as_segments(positions).segment)
         return rows if self.choice.scale == 1.0 else rows * jnp.asarray(self.choice.scale, rows.dtype)
 
 
