@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from ... import InputError
-from ...models.attention import GroupedQuery
 from ...models.config import TransformerConfig
+from ...models.costs import abstract_parameters
 from ...models.presets import PRESETS, modern, preset
 from ...models.pretrained import load_pretrained, save_pretrained
 from ...models.transformer import Transformer
@@ -32,10 +32,12 @@ def peers(
 ) -> Iterator[dict[str, Entrant]]:
     """Each contender on one checkpoint: a folder's, or a random one in the shape of a GPT-2 preset."""
     with TemporaryDirectory(prefix="modicum-bench-") as temporary:
-        folder = Path(model)
         if model in PRESETS:
-            folder = random_checkpoint(Path(temporary) / model, preset(model), "GPT2LMHeadModel")
-        job, weights = job_on(folder, prompt, new)
+            config = preset(model)
+            folder = random_checkpoint(Path(temporary) / model, config, "GPT2LMHeadModel")
+        else:
+            folder, config = Path(model), load_pretrained(Path(model)).model.config
+        job, weights = job_on(folder, config, prompt, new)
         yield {LABELS[name]: Entrant(name, job, weights) for name in dict.fromkeys(contenders)}
 
 
@@ -45,11 +47,10 @@ def grouped(kv_heads: Sequence[int], prompt: int, new: int) -> Iterator[dict[str
     with TemporaryDirectory(prefix="modicum-bench-") as temporary:
         entrants = {}
         for groups in dict.fromkeys(kv_heads):
-            config = modern(LAYERS, WIDTH, HEADS, groups, VOCAB)
-            config = replace(config, attention=GroupedQuery(HEADS, groups, bias=False), tied=True)
+            config = replace(modern(LAYERS, WIDTH, HEADS, groups, VOCAB), tied=True)
             folder = random_checkpoint(Path(temporary) / f"{groups}", config, "LlamaForCausalLM")
             label = f"{groups} key/value head{'s' if groups > 1 else ''}"
-            entrants[label] = Entrant("ours", *job_on(folder, prompt, new))
+            entrants[label] = Entrant("ours", *job_on(folder, config, prompt, new))
         yield entrants
 
 
@@ -60,20 +61,20 @@ def random_checkpoint(folder: Path, config: TransformerConfig, architecture: str
     return save_pretrained(folder, model, params, architecture=architecture)
 
 
-def job_on(folder: Path, prompt: int, new: int) -> tuple[GenerationJob, int]:
+def job_on(folder: Path, config: TransformerConfig, prompt: int, new: int) -> tuple[GenerationJob, int]:
     """What is to be generated with a checkpoint, and the bytes of weights that a token reads, in float32.
 
     Raises `InputError` for a model that is no decoder or has too few positions.
     """
-    found = load_pretrained(folder)
-    config = found.model.config
     if config.kind != "decoder":
         raise InputError(f"{folder} holds an {config.kind}; this measures decoders")
     config.positions.require(prompt + new + 1)
-    return GenerationJob(str(folder), config.vocab, prompt, new), weight_bytes(found.params, config.tied)
+    weights = weight_bytes(abstract_parameters(Transformer(config)), config.tied)
+    return GenerationJob(str(folder), config.vocab, prompt, new), weights
 
 
 def weight_bytes(params: Any, tied: bool) -> int:
     """Bytes of the parameters that decoding a token reads whole: of an untied word table it reads a row."""
     skipped = LOOKED_UP if tied else (*LOOKED_UP, "embedding/table")
-    return sum(leaf.nbytes for path, leaf in flatten_dict(params, sep="/").items() if path not in skipped)
+    leaves = (leaf for path, leaf in flatten_dict(params, sep="/").items() if path not in skipped)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
