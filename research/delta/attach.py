@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,10 +21,18 @@ from ... import InputError
 from ...models.model import LinenModel, Model, as_linen, as_model
 from .addresses import Address, Hit, resolve, select
 from .folding import near_misses
-from .leaves import FunctionModel, apply_leaf, init_leaf
+from .leaves import FunctionModel, apply_leaf, init_leaf, on_rows
 from .methods import LeafMethod, Method, SiteMethod, Variables
 from .sites import apply_sites, find_calls, init_site, spread
-from .trees import Place, Tree, from_places, node_at, own_params, places, with_node
+from .trees import (
+    Place,
+    Tree,
+    from_places,
+    node_at,
+    own_params,
+    variables_by_place,
+    with_node,
+)
 
 Spec = Mapping[str, Method | Sequence[Method]]
 
@@ -73,7 +81,8 @@ class Tuned:
             else:
                 for path, hit in self._select(entry, leaves, params).items():
                     leaf = node_at(params, path)
-                    trained[path, entry.name] = init_leaf(method, rng, path, leaf, hit)
+                    place = path, entry.name
+                    trained[place], state[place] = init_leaf(method, rng, path, leaf, hit)
         return {"delta": from_places(trained), "delta_state": from_places(state)}
 
     def apply(
@@ -91,19 +100,17 @@ class Tuned:
         Raises `InputError` if a delta's module or array is not there.
         """
         _require_bare(params)
-        drawing = [type(method).__name__ for method in self._sites.values() if method.random]
+        drawing = [type(entry.method).__name__ for entry in self.entries if entry.method.random]
         if train and rng is None and drawing:
-            raise InputError(f"{drawing[0]} has dropout: apply(..., train=True) needs rng=")
-        params = self._with_leaves(variables, params)
+            raise InputError(f"{drawing[0]} draws at random: apply(..., train=True) needs rng=")
+        params = self._with_leaves(variables, params, rng if train else None)
         kwargs = {**kwargs, "rng": rng, "train": train}
         expected = {place: entry for place, entry in self._places(variables) if entry.name in self._sites}
         if not expected:
             return self.model.apply(params, *args, **kwargs)
-        fixed = places(variables.get("delta_state", {}))
-        trained = places(variables["delta"])
+        own = variables_by_place(variables)
         for (path, name), entry in expected.items():
-            own = {**trained[path, name], **fixed.get((path, name), {})}
-            placed = spread(own, self._hit(entry, path, params), self._sites[name].neutral)
+            placed = spread(own[path, name], self._hit(entry, path, params), self._sites[name].neutral)
             params = with_node(params, f"{path}/{name}".strip("/"), placed)
         # With a filled cache a model need not call what made the keys and values that the cache holds.
         cached = getattr(kwargs.get("cache"), "entries", None)
@@ -127,16 +134,39 @@ class Tuned:
                 "merge: this model divides its products by sqrt(width) (scaled_linears=True) and a delta's "
                 "not; keep the delta attached"
             )
-        fixed = places(variables.get("delta_state", {}))
-        merged = self._with_leaves(variables, params)
+        merged, own = self._with_leaves(variables, params), variables_by_place(variables)
         for (path, name), entry in self._places(variables):
             if isinstance(method := entry.method, SiteMethod):
-                hit = self._hit(entry, path, params)
-                own = {**places(variables["delta"])[path, name], **fixed.get((path, name), {})}
-                site = own_params(node_at(merged, path))
-                new = method.merge(spread(own, hit, method.neutral), site, path)
-                merged = {**merged, **new} if path == "" else with_node(merged, path, new)
+                placed = spread(own[path, name], self._hit(entry, path, params), method.neutral)
+                merged = _with_site(merged, path, partial(method.merge, placed))
         return merged
+
+    def unmerge(self, merged: Mapping[str, Any], variables: Mapping[str, Any]) -> Tree:
+        """The backbone again, from what `merge` returned, up to rounding.
+
+        Raises `InputError` that names a method whose merge cannot be undone (`Full` keeps nothing of it).
+        """
+        params, own = dict(merged), variables_by_place(variables)
+        for (path, name), entry in reversed(list(self._places(variables))):
+            hit, method = self._hit(entry, path, params), entry.method
+            if isinstance(method, SiteMethod):
+                placed = spread(own[path, name], hit, method.neutral)
+                params = _with_site(params, path, partial(method.unmerge, placed))
+            else:
+                undo = partial(method.unmerge, own[path, name], path=path)
+                params = on_rows(params, path, hit, undo)
+        return params
+
+    def penalty(self, variables: Mapping[str, Any]) -> Any:
+        """What the methods add to the mean loss in training (orthogonality, expected density)."""
+        own = variables_by_place(variables)
+        return sum(entry.method.penalty(own[place]) for place, entry in self._places(variables))
+
+    @property
+    def penalised(self) -> bool:
+        """Whether any method has a penalty."""
+        plain = SiteMethod.penalty, LeafMethod.penalty
+        return any(type(entry.method).penalty not in plain for entry in self.entries)
 
     def hits(self, variables: Mapping[str, Any], params: Mapping[str, Any]) -> dict[tuple[str, Entry], Hit]:
         """Where a delta's variables act, and in which layers of a stack."""
@@ -148,7 +178,7 @@ class Tuned:
 
     def _places(self, variables: Mapping[str, Any]) -> Iterator[tuple[Place, Entry]]:
         """The places in a delta tree with their entries, in the order of the entries."""
-        found = places(variables["delta"])
+        found = variables_by_place(variables)
         names = {entry.name for entry in self.entries}
         if unknown := sorted({name for _, name in found} - names):
             raise InputError(
@@ -157,12 +187,14 @@ class Tuned:
         for entry in self.entries:
             yield from ((place, entry) for place in found if place[1] == entry.name)
 
-    def _with_leaves(self, variables: Mapping[str, Any], params: Mapping[str, Any]) -> Tree:
-        found, changed = places(variables["delta"]), dict(params)
+    def _with_leaves(
+        self, variables: Mapping[str, Any], params: Mapping[str, Any], rng: jax.Array | None = None
+    ) -> Tree:
+        own, changed = variables_by_place(variables), dict(params)
         for (path, name), entry in self._places(variables):
             if isinstance(entry.method, LeafMethod):
                 hit = self._hit(entry, path, params)
-                changed = apply_leaf(entry.method, found[path, name], changed, path, hit)
+                changed = apply_leaf(entry.method, own[path, name], changed, path, hit, rng)
         return changed
 
     def _hit(self, entry: Entry, path: str, params: Mapping[str, Any]) -> Hit:
@@ -252,6 +284,12 @@ def _entries(spec: Spec | Method) -> tuple[Entry, ...]:
 
 def _excluded(exclude: Iterable[str]) -> tuple[Address, ...]:
     return tuple(Address(text) for text in ([exclude] if isinstance(exclude, str) else exclude))
+
+
+def _with_site(params: Mapping[str, Any], path: str, change: Callable[..., Variables]) -> Tree:
+    """`params` with the own parameters of the module at `path` changed."""
+    new = change(own_params(node_at(params, path)), path)
+    return {**params, **new} if path == "" else with_node(params, path, new)
 
 
 def _leaf_paths(params: Mapping[str, Any]) -> list[str]:

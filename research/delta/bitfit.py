@@ -30,6 +30,6 @@ class BitFit(LeafMethod):
         """Zeros, in single precision at least: small steps vanish in a bfloat16 sum."""
         return {"offset": jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))}
 
-    def apply(self, variables: Variables, leaf: jax.Array) -> jax.Array:
+    def apply(self, variables: Variables, leaf: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """The sum, rounded to the bias's own dtype."""
         return (leaf + variables["offset"]).astype(leaf.dtype)

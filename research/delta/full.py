@@ -27,6 +27,6 @@ class Full(LeafMethod):
         """The array's values, in memory of their own: an optimizer step may donate them."""
         return {"value": jnp.array(leaf, copy=True)}
 
-    def apply(self, variables: Variables, leaf: jax.Array) -> jax.Array:
+    def apply(self, variables: Variables, leaf: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """The trained values."""
         return variables["value"].astype(leaf.dtype)

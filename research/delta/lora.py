@@ -58,7 +58,7 @@ class LoRA(SiteMethod):
         a = jax.random.uniform(rng, (matrix.inputs, self.rank), minval=-bound, maxval=bound)
         return {"a": a, "b": jnp.zeros((self.rank, matrix.outputs))}
 
-    def state(self, rng: jax.Array, site: Site, args: tuple, output: Any) -> Variables:
+    def state(self, rng: jax.Array, site: Site, args: tuple, output: Any, trained: Variables) -> Variables:
         """With dropout, a number that sets this layer's masks apart, also inside a scan."""
         return {"seed": jax.random.bits(rng, dtype=jnp.uint32)} if self.random else {}
 

@@ -1,4 +1,4 @@
-"""What a delta method is: `init`, `apply` and, where the weights can absorb it, `merge`.
+"""What a delta method is: `init`, `apply` and, where it can be done, `merge`, `unmerge`, `scaled`, `penalty`.
 
 A site method acts at a module's call, a leaf method on an array of the parameter tree. Methods are frozen
 dataclasses whose fields are numbers and strings, so that a stored delta can name them.
@@ -57,8 +57,8 @@ class SiteMethod(ABC):
     def init(self, rng: jax.Array, site: Site, args: tuple, output: Any) -> Variables:
         """Trained variables of one layer; `args` and `output` of the site's call are shapes and dtypes."""
 
-    def state(self, rng: jax.Array, site: Site, args: tuple, output: Any) -> Variables:
-        """Variables that are kept but not trained."""
+    def state(self, rng: jax.Array, site: Site, args: tuple, output: Any, trained: Variables) -> Variables:
+        """Variables that are kept but not trained; `trained` is what `init` returned."""
         return {}
 
     @abstractmethod
@@ -77,6 +77,26 @@ class SiteMethod(ABC):
             f"it is no linear map of its site's input"
         )
 
+    def unmerge(self, variables: Variables, params: Variables, path: str) -> Variables:
+        """The site's parameters before `merge`, up to rounding."""
+        raise InputError(
+            f"{path}: {type(self).__name__} cannot be taken out of merged weights; keep the parameters "
+            f"from before the merge"
+        )
+
+    def scaled(self, variables: Variables, factor: Any) -> Variables:
+        """Trained variables with `factor` times the effect on the site; `factor` may be traced.
+
+        `variables` are the trained ones alone, stacked layers with their leading axes.
+        """
+        raise InputError(
+            f"{type(self).__name__} cannot be scaled: its effect is linear in none of its variables"
+        )
+
+    def penalty(self, variables: Variables) -> Any:
+        """What the method adds to the mean loss in training; variables may have leading axes."""
+        return 0.0
+
 
 class LeafMethod(ABC):
     """A delta on an array of the parameter tree: a re-parameterisation, so always mergeable.
@@ -88,6 +108,11 @@ class LeafMethod(ABC):
     positions: ClassVar[tuple[str, ...]]
     replaces: ClassVar[bool] = False
 
+    @property
+    def random(self) -> bool:
+        """Whether training needs a random key."""
+        return False
+
     def accepts(self, path: str) -> bool:
         """Whether the method acts on the leaf at `path`, among those that its address names."""
         return True
@@ -96,9 +121,33 @@ class LeafMethod(ABC):
     def init(self, rng: jax.Array, leaf: jax.Array) -> Variables:
         """Trained variables for `leaf`; rows of a stack come as one array."""
 
+    def state(self, rng: jax.Array, leaf: jax.Array, trained: Variables) -> Variables:
+        """Variables that are kept but not trained; `trained` is what `init` returned."""
+        return {}
+
     @abstractmethod
-    def apply(self, variables: Variables, leaf: jax.Array) -> jax.Array:
-        """The array that the model is given in place of `leaf`, of the same shape and dtype."""
+    def apply(self, variables: Variables, leaf: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """The array that the model is given in place of `leaf`, of the same shape and dtype.
+
+        `variables` holds the trained ones and the state; `rng` is set where the call trains and has one.
+        """
+
+    def unmerge(self, variables: Variables, leaf: jax.Array, path: str) -> jax.Array:
+        """The array before it was merged, up to rounding."""
+        raise InputError(
+            f"{path}: {type(self).__name__} cannot be taken out of merged weights; keep the parameters "
+            f"from before the merge"
+        )
+
+    def scaled(self, variables: Variables, factor: Any) -> Variables:
+        """Trained variables with `factor` times the effect on the array; `factor` may be traced."""
+        raise InputError(
+            f"{type(self).__name__} cannot be scaled: its effect is linear in none of its variables"
+        )
+
+    def penalty(self, variables: Variables) -> Any:
+        """What the method adds to the mean loss in training."""
+        return 0.0
 
 
 Method = SiteMethod | LeafMethod

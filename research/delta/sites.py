@@ -95,8 +95,10 @@ def init_site(
 
     def one(key: jax.Array, layer: Variables) -> tuple[Variables, Variables]:
         site, (first, second) = Site(path, call.module, layer), jax.random.split(key)
-        inputs = call.args, call.output
-        return method.init(first, site, *inputs), method.state(second, site, *inputs)
+        trained = method.init(first, site, call.args, call.output)
+        state = method.state(second, site, call.args, call.output, trained)
+        # Copies: what is trained may be donated, also where the state keeps its initial value.
+        return trained, jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
     if not call.lead:
         return one(_keys(rng, [f"{path}/{name}"])[0], own)

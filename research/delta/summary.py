@@ -44,7 +44,8 @@ def summary(tuned: Tuned, params: Mapping[str, Any], variables: Mapping[str, Any
     A frozen row counts the backbone's numbers, tuned and added rows the delta's.
     """
     hits = tuned.hits(variables, params)
-    deltas = {(path, entry): places(variables["delta"])[path, entry.name] for path, entry in hits}
+    trained = places(variables["delta"])
+    deltas = {(path, entry): trained.get((path, entry.name), {}) for path, entry in hits}
     replaced: dict[str, list[Hit]] = {}
     for (path, entry), hit in hits.items():
         if isinstance(entry.method, LeafMethod):

@@ -35,6 +35,12 @@ def places(tree: Mapping[str, Any]) -> dict[Place, Tree]:
     return {place: unflatten_dict(leaves) for place, leaves in found.items()}
 
 
+def variables_by_place(variables: Mapping[str, Any]) -> dict[Place, Tree]:
+    """Trained variables and state of each delta together, as its method gets them."""
+    trained, fixed = (places(variables.get(part, {})) for part in ("delta", "delta_state"))
+    return {place: {**trained.get(place, {}), **fixed.get(place, {})} for place in {**trained, **fixed}}
+
+
 def from_places(found: Mapping[Place, Mapping[str, Any]]) -> Tree:
     """The tree that `places` takes apart; deltas without variables leave no trace in it."""
     tree: Tree = {}

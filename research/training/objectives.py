@@ -18,7 +18,14 @@ Batch = Mapping[str, jax.Array]
 Tree = Any
 
 # What a batch may hold for the model beside `tokens`.
-MODEL_INPUTS = ("segments", "positions", "decoder_tokens", "decoder_segments", "decoder_positions")
+MODEL_INPUTS = (
+    "segments",
+    "positions",
+    "token_types",
+    "decoder_tokens",
+    "decoder_segments",
+    "decoder_positions",
+)
 
 
 class LossSums(NamedTuple):
@@ -73,6 +80,24 @@ def delta_tuning(tuned: Any) -> Forward:
         return tuned.apply(variables, frozen["params"], tokens, **inputs)
 
     return forward
+
+
+def penalised(loss: Loss, tuned: Any) -> Loss:
+    """`loss` plus what the delta methods of `tuned` add to its mean in training; evaluation goes without.
+
+    `trainable` and `frozen` are those of `delta_tuning`.
+    """
+    if not tuned.penalised:
+        return loss
+
+    def with_penalty(trainable: Tree, frozen: Tree, batch: Batch, rng: jax.Array | None) -> LossSums:
+        sums = loss(trainable, frozen, batch, rng)
+        if rng is None:
+            return sums
+        added = tuned.penalty({"delta": trainable, "delta_state": frozen["delta_state"]})
+        return sums._replace(total=sums.total + added * sums.weight)
+
+    return with_penalty
 
 
 def language_modelling(forward: Forward, smoothing: float = 0.0) -> Loss:

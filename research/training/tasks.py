@@ -23,7 +23,7 @@ from ..delta.attach import Tuned
 from .config import TrainingConfig
 from .evaluation import SumsOf, evaluate, make_evaluation
 from .job import Evaluation, Job
-from .objectives import classification, delta_tuning, full_tuning, inputs_of, language_modelling
+from .objectives import classification, delta_tuning, full_tuning, inputs_of, language_modelling, penalised
 
 Tree = Any
 EVALUATION_BATCH = 64
@@ -94,7 +94,7 @@ def classification_job(
     example = {name: array[:1] for name, array in batches(0).items()}
     tokens, inputs = example["tokens"], inputs_of(example)
     state = tuned.init(jax.random.key(config.seed), params, tokens, **inputs)["delta_state"]
-    loss = classification(delta_tuning(tuned))
+    loss = penalised(classification(delta_tuning(tuned)), tuned)
     sums_of = make_evaluation(loss)
     return Job(
         loss=loss,

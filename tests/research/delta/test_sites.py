@@ -557,7 +557,7 @@ class Scale(SiteMethod):
     def init(self, rng, site: Site, args, output):
         return {"factor": jnp.full(args[0].shape[-1], 2.0)}
 
-    def state(self, rng, site, args, output):
+    def state(self, rng, site, args, output, trained):
         return {"gain": jnp.full((), 3.0)}
 
     def apply(self, variables, site, call, args, kwargs):
@@ -593,7 +593,7 @@ class Halved(Scale):
     def init(self, rng, site, args, output):
         return {"half": site.params["kernel"] / 2}
 
-    def state(self, rng, site, args, output):
+    def state(self, rng, site, args, output, trained):
         return {}
 
     def apply(self, variables, site, call, args, kwargs):
