@@ -12,7 +12,8 @@ from .bitfit import BitFit
 from .full import Full
 from .lora import LoRA
 from .methods import LeafMethod, Method, Site, SiteMethod
-from .storage import METHODS, backbone_hash, load_delta, read_header, save_delta
+from .registry import METHODS
+from .storage import backbone_hash, load_delta, read_header, save_delta
 from .summary import Row, byte_count, parameter_count, summary
 
 __all__ = [

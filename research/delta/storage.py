@@ -24,16 +24,12 @@ from safetensors.numpy import save as to_bytes
 
 from ... import InputError
 from ...models.model import Model, as_model
-from .adapter import Adapter
 from .addresses import Address
 from .attach import Entry, Tuned
-from .bitfit import BitFit
-from .full import Full
-from .lora import LoRA
 from .methods import LeafMethod, Method
+from .registry import METHODS
 
 FORMAT, VERSION = "modicum-delta", 1
-METHODS: Mapping[str, type[Method]] = {each.name: each for each in (LoRA, Adapter, BitFit, Full)}
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
