@@ -93,7 +93,8 @@ def entries(config: TransformerConfig, head: Head | None) -> Iterator[Entry]:
     elif isinstance(head, Pooler):
         yield from linear("bert.pooler.dense", "pooler")
     elif isinstance(head, ClassifierHead):
-        yield from linear("bert.pooler.dense", "classifier/pooler")
+        if head.pooler:
+            yield from linear("bert.pooler.dense", "classifier/pooler")
         yield from linear("classifier", "classifier")
 
 

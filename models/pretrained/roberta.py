@@ -44,7 +44,8 @@ def entries(config: TransformerConfig, head: Head | None) -> Iterator[Entry]:
     elif isinstance(head, Pooler):
         yield from linear("roberta.pooler.dense", "pooler")
     elif isinstance(head, ClassifierHead):
-        yield from linear("classifier.dense", "classifier/pooler")
+        if head.pooler:
+            yield from linear("classifier.dense", "classifier/pooler")
         yield from linear("classifier.out_proj", "classifier")
 
 

@@ -139,6 +139,9 @@ def test_another_head_keeps_the_pooler(tmp_path):
     head = ClassifierHead(3, "first", "tanh")
     loaded = load_pretrained(tmp_path, head=head, rng=jax.random.key(0))
     assert set(loaded.initialised) == {"classifier/kernel", "classifier/bias"}
+    mean = load_pretrained(tmp_path, head=ClassifierHead(3, "mean"), rng=jax.random.key(0))
+    assert set(mean.initialised) == {"classifier/kernel", "classifier/bias"}
+    assert set(mean.left_out) == {"pooler.dense.weight", "pooler.dense.bias"}
     hidden = load_pretrained(tmp_path, head=None)
     assert set(hidden.left_out) == {"pooler.dense.weight", "pooler.dense.bias"}
     assert hidden.model.apply(hidden.params, tokens(61)).shape == (2, 12, 24)
