@@ -6,14 +6,18 @@ standard_library   the running Python's own library as a corpus and a classifica
 tokenizers         byte-level BPE
 packing            documents in rows of one length, indexed once and cached
 examples           texts with labels
+encoded            the same, and pairs of texts, in a published model's tokens
+templates          a text made of several columns
 batches            the order: training by (seed, step), evaluation in sequence
 """
 
 from .batches import Batch, Batches, Rows, evaluation_batches
+from .encoded import encode_examples, same_length
 from .examples import Examples, Labels, examples
 from .packing import Packed, pack, packed_corpus
 from .sources import SPLITS, Source, load_source, load_splits
 from .standard_library import PARTS, Document, corpus_fingerprint, library_documents, snippets
+from .templates import Template
 from .tokenizers import Tokenizer, train_tokenizer
 
 __all__ = [
@@ -27,8 +31,10 @@ __all__ = [
     "Packed",
     "Rows",
     "Source",
+    "Template",
     "Tokenizer",
     "corpus_fingerprint",
+    "encode_examples",
     "evaluation_batches",
     "examples",
     "library_documents",
@@ -36,6 +42,7 @@ __all__ = [
     "load_splits",
     "pack",
     "packed_corpus",
+    "same_length",
     "snippets",
     "train_tokenizer",
 ]

@@ -1,7 +1,8 @@
 """Classification examples: a text's tokens, its end token, and its label's id.
 
-A row gives tokens, segments (1, and 0 for padding) and positions int32 [length], label int32 []
-and weight float32 []: 1, or 0 in rows that only fill the last evaluation batch.
+A row gives tokens, segments (1, and 0 for padding), positions and, where the model tells two texts apart,
+token_types int32 [length], label int32 [] and weight float32 []: 1, or 0 in rows that only fill the last
+evaluation batch.
 """
 
 from collections.abc import Iterable, Sequence
@@ -65,12 +66,14 @@ class Examples:
         labels: int32 [rows].
         length: T, what rows are padded to.
         pad: the token that fills them.
+        types: the token types of each example, for a model that has them; rows have `token_types` then.
     """
 
     ids: Sequence[np.ndarray]
     labels: np.ndarray
     length: int
     pad: int = 0
+    types: Sequence[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,13 +83,17 @@ class Examples:
         tokens = np.full(self.length, self.pad, np.int32)
         tokens[: len(ids)] = ids
         inside = np.arange(self.length) < len(ids)
-        return {
+        row = {
             "tokens": tokens,
             "segments": inside.astype(np.int32),
             "positions": np.where(inside, np.arange(self.length), 0).astype(np.int32),
             "label": np.asarray(self.labels[index], np.int32),
             "weight": np.ones((), np.float32),
         }
+        if self.types is not None:
+            row["token_types"] = np.zeros(self.length, np.int32)
+            row["token_types"][: len(ids)] = self.types[index]
+        return row
 
 
 def examples(

@@ -74,6 +74,11 @@ class Source:
         """The texts in order."""
         return iter(self.rows[self.text_column])
 
+    def texts_in(self, column: str) -> list[str]:
+        """The texts of another column; `InputError` where it is not there, or is not text in every row."""
+        _check_text(self.rows, self.name, column)
+        return list(self.rows[column])
+
     def labels(self) -> list[Any]:
         """The labels in order, as the data has them: names or numbers."""
         if self.label_column is None:
@@ -246,13 +251,22 @@ def _check_columns(rows: datasets.Dataset, name: str, text_column: str, label_co
     if len(rows) == 0:
         raise InputError(f"{name}: no rows")
     for column in [text_column] + ([label_column] if label_column is not None else []):
-        if column not in rows.column_names:
-            raise InputError(f"{name}: no column {column!r}; the columns are: {_listed(rows)}")
-    _check_present(rows, name, text_column, "text")
-    _check_type(rows, name, text_column, TEXT_TYPES, "text")
+        _check_named(rows, name, column)
+    _check_text(rows, name, text_column)
     if label_column is not None:
         _check_present(rows, name, label_column, "label")
         _check_type(rows, name, label_column, LABEL_TYPES, "names or whole numbers")
+
+
+def _check_named(rows: datasets.Dataset, name: str, column: str) -> None:
+    if column not in rows.column_names:
+        raise InputError(f"{name}: no column {column!r}; the columns are: {_listed(rows)}")
+
+
+def _check_text(rows: datasets.Dataset, name: str, column: str) -> None:
+    _check_named(rows, name, column)
+    _check_present(rows, name, column, "text")
+    _check_type(rows, name, column, TEXT_TYPES, "text")
 
 
 def _check_type(rows: datasets.Dataset, name: str, column: str, valid: Sequence[str], what: str) -> None:
