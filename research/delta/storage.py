@@ -73,8 +73,8 @@ def save_delta(
         "notes": dict(notes or {}),
     }
     text = json.dumps(header, indent=2, sort_keys=True) + "\n"
-    _write(folder / name, data)
-    _write(folder / "delta.json", text.encode())
+    write_whole(folder / name, data)
+    write_whole(folder / "delta.json", text.encode())
     for stale in set(folder.glob("delta-*.safetensors")) - {folder / name}:
         stale.unlink()
     return folder
@@ -182,7 +182,7 @@ def _host(leaf: Any) -> np.ndarray:
     return np.asarray(leaf, order="C")
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """The file appears whole or not at all, also when the machine stops."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with open(part, "wb") as file:
