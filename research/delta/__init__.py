@@ -10,13 +10,19 @@ from .addresses import Address
 from .attach import BoundModel, Entry, Spec, Tuned, attach, attach_leaves
 from .bitfit import BitFit
 from .full import Full
+from .ia3 import IA3, ia3_spec
 from .lora import LoRA
+from .low_rank_adapter import LowRankAdapter
 from .methods import LeafMethod, Method, Site, SiteMethod
+from .mixed_batches import apply_tasks, stack_tasks
+from .parallel_adapter import ParallelAdapter
 from .registry import METHODS
 from .storage import backbone_hash, load_delta, read_header, save_delta
 from .summary import Row, byte_count, parameter_count, summary
+from .switching import entry_names, only, scaled, without
 
 __all__ = [
+    "IA3",
     "METHODS",
     "Adapter",
     "Address",
@@ -26,19 +32,28 @@ __all__ = [
     "Full",
     "LeafMethod",
     "LoRA",
+    "LowRankAdapter",
     "Method",
+    "ParallelAdapter",
     "Row",
     "Site",
     "SiteMethod",
     "Spec",
     "Tuned",
+    "apply_tasks",
     "attach",
     "attach_leaves",
     "backbone_hash",
     "byte_count",
+    "entry_names",
+    "ia3_spec",
     "load_delta",
+    "only",
     "parameter_count",
     "read_header",
     "save_delta",
+    "scaled",
+    "stack_tasks",
     "summary",
+    "without",
 ]
