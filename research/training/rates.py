@@ -3,9 +3,9 @@
     optimizer = with_rate_argument(make_optimizer(replace(config, learning_rate=1.0), steps))
     state = set_rate(create_state(trainable, optimizer), 3e-4)
 
-The rate lies in the optimizer's state, so one compiled step serves every rate of a sweep. Exact for optimizers
-whose update is the learning rate times something that does not depend on it: all of `make_optimizer`, their
-decoupled weight decay included.
+The rate lies in the optimizer's state, so one compiled step serves every rate of a sweep. Exact for
+optimizers whose update is the learning rate times something that does not depend on it: all of
+`make_optimizer`, their decoupled weight decay included.
 """
 
 from __future__ import annotations
