@@ -9,13 +9,18 @@ from .adapter import Adapter
 from .addresses import Address
 from .attach import BoundModel, Entry, Spec, Tuned, attach, attach_leaves
 from .bitfit import BitFit
+from .diff_pruning import DiffPruning, project
 from .full import Full
 from .ia3 import IA3, ia3_spec
+from .intrinsic import SAID
+from .last_layers import last_layers
+from .layer_norm import LayerNormTuning
 from .lora import LoRA
 from .low_rank_adapter import LowRankAdapter
 from .methods import LeafMethod, Method, Site, SiteMethod
 from .mixed_batches import apply_tasks, stack_tasks
 from .parallel_adapter import ParallelAdapter
+from .random_subset import RandomSubset, SparseOffset
 from .registry import METHODS
 from .storage import backbone_hash, load_delta, read_header, save_delta
 from .summary import Row, byte_count, parameter_count, summary
@@ -24,20 +29,25 @@ from .switching import entry_names, only, scaled, without
 __all__ = [
     "IA3",
     "METHODS",
+    "SAID",
     "Adapter",
     "Address",
     "BitFit",
     "BoundModel",
+    "DiffPruning",
     "Entry",
     "Full",
+    "LayerNormTuning",
     "LeafMethod",
     "LoRA",
     "LowRankAdapter",
     "Method",
     "ParallelAdapter",
+    "RandomSubset",
     "Row",
     "Site",
     "SiteMethod",
+    "SparseOffset",
     "Spec",
     "Tuned",
     "apply_tasks",
@@ -47,9 +57,11 @@ __all__ = [
     "byte_count",
     "entry_names",
     "ia3_spec",
+    "last_layers",
     "load_delta",
     "only",
     "parameter_count",
+    "project",
     "read_header",
     "save_delta",
     "scaled",

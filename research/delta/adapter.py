@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
-from ... import InputError
+from .bottleneck import (
+    features_of,
+    first_of,
+    require_activation,
+    require_positive,
+    scale_some,
+    through,
+    two_layers,
+    with_first,
+)
 from .methods import Site, SiteMethod, Variables
-
-ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jnp.tanh}
 
 
 @dataclass(frozen=True)
@@ -33,32 +39,22 @@ class Adapter(SiteMethod):
     positions: ClassVar[tuple[str, ...]] = ("attention/output", "mlp/down")
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise InputError(f"adapter width={self.width} must be at least 1")
-        if self.activation not in ACTIVATIONS:
-            raise InputError(f"adapter activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        require_positive("adapter", width=self.width)
+        require_activation("adapter", self.activation)
 
     def init(self, rng: jax.Array, site: Site, args: tuple, output: Any) -> Variables:
         """Two layers with biases; raises `InputError` where the output is no array of features."""
-        y = output[0] if isinstance(output, tuple) else output
-        if not getattr(y, "ndim", 0) or not jnp.issubdtype(y.dtype, jnp.floating):
-            raise InputError(f"{site.path}: an adapter needs an output [..., D] of floats, not {y}")
-        size = y.shape[-1]
-        bound = size**-0.5
-        return {
-            "down_kernel": jax.random.uniform(rng, (size, self.width), minval=-bound, maxval=bound),
-            "down_bias": jnp.zeros(self.width),
-            "up_kernel": jnp.zeros((self.width, size)),
-            "up_bias": jnp.zeros(size),
-        }
+        size = features_of(site, first_of(output), "an adapter")
+        return two_layers(rng, size, self.width, size)
 
     def apply(
         self, variables: Variables, site: Site, call: Callable[..., Any], args: tuple, kwargs: dict
     ) -> Any:
         """The adapted output, computed in the output's dtype."""
         output = call(*args, **kwargs)
-        y = output[0] if isinstance(output, tuple) else output
-        cast = {key: value.astype(y.dtype) for key, value in variables.items()}
-        hidden = ACTIVATIONS[self.activation](y @ cast["down_kernel"] + cast["down_bias"])
-        adapted = y + (hidden @ cast["up_kernel"] + cast["up_bias"])
-        return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
+        y = first_of(output)
+        return with_first(output, y + through(variables, self.activation, y))
+
+    def scaled(self, variables: Variables, factor: Any) -> Variables:
+        """What is added, `factor` times."""
+        return scale_some(variables, ("up_kernel", "up_bias"), factor)

@@ -6,9 +6,16 @@ from collections.abc import Mapping
 
 from .adapter import Adapter
 from .bitfit import BitFit
+from .diff_pruning import DiffPruning
 from .full import Full
+from .ia3 import IA3
+from .intrinsic import SAID
+from .layer_norm import LayerNormTuning
 from .lora import LoRA
+from .low_rank_adapter import LowRankAdapter
 from .methods import Method
+from .parallel_adapter import ParallelAdapter
+from .random_subset import RandomSubset, SparseOffset
 
 METHODS: Mapping[str, type[Method]] = {
     each.name: each
@@ -17,5 +24,13 @@ METHODS: Mapping[str, type[Method]] = {
         Adapter,
         BitFit,
         Full,
+        LayerNormTuning,
+        RandomSubset,
+        SparseOffset,
+        DiffPruning,
+        SAID,
+        IA3,
+        ParallelAdapter,
+        LowRankAdapter,
     )
 }

@@ -14,10 +14,17 @@ from modicum.models.attention import GroupedQuery
 from modicum.models.precision import FP32, FP64, Precision
 from modicum.models.transformer import Transformer, TransformerConfig
 from modicum.research.delta import (
+    IA3,
+    SAID,
     Adapter,
     BitFit,
+    DiffPruning,
     Full,
+    LayerNormTuning,
     LoRA,
+    LowRankAdapter,
+    ParallelAdapter,
+    RandomSubset,
     attach,
     load_delta,
     save_delta,
@@ -56,9 +63,18 @@ CASES = [
     # A: the low-rank family
     Case("lora", LoRA(2), unmerges=False, scales=False),
     # B: adapters, IA3, prefix and prompts
-    Case("adapter", Adapter(3), "mlp/down", merges=False, unmerges=False, scales=False),
+    Case("adapter", Adapter(3), "mlp/down", merges=False, unmerges=False),
+    Case("parallel adapter", ParallelAdapter(3, scale=2.0), "mlp", merges=False, unmerges=False),
+    Case("low-rank adapter", LowRankAdapter(4, 2), "mlp/down", merges=False, unmerges=False),
+    Case("ia3", IA3(), "attention/(key|value)"),
+    Case("ia3 on input", IA3("input"), "mlp/down"),
     # C: methods on arrays
-    Case("bitfit", BitFit(), "", unmerges=False, scales=False),
+    Case("bitfit", BitFit(), ""),
+    Case("layer norm", LayerNormTuning(), ""),
+    Case("random subset", RandomSubset(0.1), "", ranged=False, scans=False),
+    Case("diff pruning", DiffPruning(start=0.5), ""),
+    Case("grouped diff pruning", DiffPruning(start=0.5, group=True), "", ranged=False, scans=False),
+    Case("said", SAID(20), "", ranged=False, scans=False),
     Case("full", Full(), "mlp", unmerges=False, scales=False),
 ]
 
@@ -211,9 +227,10 @@ def test_merging(case, x64):
 
 def scaled(case, delta, factor):
     """`delta` scaled by its method, place by place."""
-    if set(delta) and next(iter(delta)).startswith("~"):
-        return {name: case.method.scaled(node, factor) for name, node in delta.items()}
-    return {name: scaled(case, node, factor) for name, node in delta.items()}
+    return {
+        name: case.method.scaled(node, factor) if name.startswith("~") else scaled(case, node, factor)
+        for name, node in delta.items()
+    }
 
 
 @every
