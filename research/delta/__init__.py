@@ -10,6 +10,7 @@ from .addresses import Address
 from .attach import BoundModel, Entry, Spec, Tuned, attach, attach_leaves
 from .bitfit import BitFit
 from .diff_pruning import DiffPruning, project
+from .flax_prefix import FlaxPrefix
 from .full import Full
 from .ia3 import IA3, ia3_spec
 from .intrinsic import SAID
@@ -17,11 +18,14 @@ from .last_layers import last_layers
 from .layer_norm import LayerNormTuning
 from .lora import LoRA
 from .low_rank_adapter import LowRankAdapter
+from .merging import lost_in_merge, safe_merge
 from .methods import LeafMethod, Method, Site, SiteMethod
 from .mixed_batches import apply_tasks, stack_tasks
 from .parallel_adapter import ParallelAdapter
+from .prefix import Prefix
 from .random_subset import RandomSubset, SparseOffset
 from .registry import METHODS
+from .shift_positions import ShiftPositions
 from .storage import backbone_hash, load_delta, read_header, save_delta
 from .summary import Row, byte_count, parameter_count, summary
 from .switching import entry_names, only, scaled, without
@@ -36,6 +40,7 @@ __all__ = [
     "BoundModel",
     "DiffPruning",
     "Entry",
+    "FlaxPrefix",
     "Full",
     "LayerNormTuning",
     "LeafMethod",
@@ -43,8 +48,10 @@ __all__ = [
     "LowRankAdapter",
     "Method",
     "ParallelAdapter",
+    "Prefix",
     "RandomSubset",
     "Row",
+    "ShiftPositions",
     "Site",
     "SiteMethod",
     "SparseOffset",
@@ -59,10 +66,12 @@ __all__ = [
     "ia3_spec",
     "last_layers",
     "load_delta",
+    "lost_in_merge",
     "only",
     "parameter_count",
     "project",
     "read_header",
+    "safe_merge",
     "save_delta",
     "scaled",
     "stack_tasks",
