@@ -64,17 +64,22 @@ def train(
     *,
     layout: Layout | None = None,
     report: Report | None = None,
+    until: int | None = None,
+    program: Program | None = None,
 ) -> Outcome:
     """Train for `config.steps` steps, or go on where `run` stopped.
 
     Without `run` nothing is written. `report(step, metrics)` is called for every step in order, some
-    steps late. Raises `NonFiniteLoss` with the step, the last good checkpoint kept.
+    steps late. `until` is a step to pause after, evaluated and stored, from which `run` goes on another
+    time. `program` is what `build_program` made of this job and configuration. Raises `NonFiniteLoss` with
+    the step, the last good checkpoint kept.
     """
     if config.evaluate_every and job.evaluate is None:
         raise InputError(f"evaluate_every={config.evaluate_every}, but the job has nothing to evaluate with")
     layout = layout or Layout.single()
     scaling = scaling_for(config.precision)
-    program = build_program(job, config, layout, scaling)
+    program = program or build_program(job, config, layout, scaling)
+    last = config.steps if until is None else min(until, config.steps)
 
     with ExitStack() as stack:
         # Where an earlier attempt stopped
@@ -88,12 +93,12 @@ def train(
         recorder = Recorder(log, report, throughput, scaling)
         interrupted = stack.enter_context(interruption())
 
-        for step in range(first, config.steps + 1) if not stopped else ():
+        for step in range(first, last + 1) if not stopped else ():
             state, metrics = program.step(state, program.frozen, layout.place(job.batches(step - 1)))
             recorder.add(step, metrics)
 
             signal = interrupted.agreed(at=step % config.log_every == 0)
-            due = _due(step, first, config, job, signal)
+            due = _due(step, first, last, config, job, signal)
             if due.record:
                 recorder.flush()
             if due.evaluate:
@@ -112,9 +117,9 @@ def train(
     return Outcome(state, best, evaluations, stopped, compiled_memory(program.step))
 
 
-def _due(step: int, first: int, config: TrainingConfig, job: Job, signal: str | None) -> Due:
+def _due(step: int, first: int, last: int, config: TrainingConfig, job: Job, signal: str | None) -> Due:
     def every(count: int) -> bool:
-        return step == config.steps or (count > 0 and step % count == 0)
+        return step == last or (count > 0 and step % count == 0)
 
     evaluate = job.evaluate is not None and every(config.evaluate_every)
     save = evaluate or every(config.checkpoint_every)

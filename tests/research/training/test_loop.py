@@ -13,6 +13,7 @@ import pytest
 from modicum import InputError
 from modicum.models import MLP, Transformer, TransformerConfig, multi_head
 from modicum.models.precision import policy
+from modicum.parallel.layout import Layout
 from modicum.research.delta import LoRA, attach
 from modicum.research.study.records import read_records
 from modicum.research.study.runs import Run
@@ -20,7 +21,9 @@ from modicum.research.training.checkpoints import checkpoint_steps, load_arrays
 from modicum.research.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
 from modicum.research.training.job import Job
 from modicum.research.training.loop import train
+from modicum.research.training.loss_scale import NO_SCALING
 from modicum.research.training.objectives import delta_tuning, full_tuning, language_modelling
+from modicum.research.training.program import build_program
 from modicum.research.training.state import TrainState
 from modicum.research.training.stopping import NonFiniteLoss
 
@@ -320,3 +323,33 @@ def test_the_state_of_a_tuned_delta_holds_nothing_of_the_backbone(run_in, tiny):
     assert_same(jax.device_get(params), before)
     assert losses(run)[-1] < losses(run)[0]
     assert isinstance(outcome.state, TrainState)
+
+
+def test_a_paused_run_goes_on_as_one_that_never_paused(tiny, uninterrupted, run_in):
+    run, whole = run_in(), uninterrupted[1]
+    paused = train(tiny.job_of(), CONFIG, run, until=3)
+    assert (int(paused.state.step), paused.stopped) == (3, None)
+    assert paused.evaluations[-1]["step"] == 3 and checkpoint_steps(run.checkpoints)[-1] == 3
+    again = train(tiny.job_of(), CONFIG, run, until=3)
+    assert_same(again.state, paused.state)
+    outcome = train(tiny.job_of(), CONFIG, run)
+    assert_same(outcome.state, whole.state)
+    assert losses(run) == losses(uninterrupted[0])
+    assert [each["step"] for each in outcome.evaluations] == [3, 4, 8]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_one_compiled_step_serves_all_rates_and_seeds(tiny, name):
+    optimizer = OptimizerConfig(name, 0.01, ScheduleConfig("cosine", 2), weight_decay=0.1)
+    config = replace(CONFIG, optimizer=optimizer, evaluate_every=0)
+    job, layout = tiny.job_of(), Layout.single()
+    first = build_program(job, config, layout, NO_SCALING, any_rate=True)
+    for rate, seed in ((0.01, 0), (0.03, 5)):
+        each = replace(config, seed=seed, optimizer=replace(optimizer, learning_rate=rate))
+        shared = build_program(job, each, layout, NO_SCALING, any_rate=True, step=first.step)
+        assert shared.step is first.step
+        found = train(job, each, layout=layout, program=shared).state
+        expected = train(job, each, layout=layout).state
+        assert int(found.seed) == seed
+        for one, other in zip(jax.tree.leaves(found.trainable), jax.tree.leaves(expected.trainable)):
+            np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-7)
