@@ -7,11 +7,13 @@ tokenizers         byte-level BPE
 packing            documents in rows of one length, indexed once and cached
 examples           texts with labels
 encoded            the same, and pairs of texts, in a published model's tokens
+completions        prompts with the texts to be written
 templates          a text made of several columns
 batches            the order: training by (seed, step), evaluation in sequence
 """
 
 from .batches import Batch, Batches, Rows, evaluation_batches
+from .completions import Completions, encode_completions, same_lengths
 from .encoded import encode_examples, same_length
 from .examples import Examples, Labels, examples
 from .packing import Packed, pack, packed_corpus
@@ -25,6 +27,7 @@ __all__ = [
     "SPLITS",
     "Batch",
     "Batches",
+    "Completions",
     "Document",
     "Examples",
     "Labels",
@@ -34,6 +37,7 @@ __all__ = [
     "Template",
     "Tokenizer",
     "corpus_fingerprint",
+    "encode_completions",
     "encode_examples",
     "evaluation_batches",
     "examples",
@@ -43,6 +47,7 @@ __all__ = [
     "pack",
     "packed_corpus",
     "same_length",
+    "same_lengths",
     "snippets",
     "train_tokenizer",
 ]
