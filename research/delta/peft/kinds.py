@@ -1,0 +1,46 @@
+"""PEFT's kinds of adapters and who reads and writes each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from .... import InputError
+from ..methods import Method
+from .config import Config
+from .files import Tensors
+from .ia3 import IA3Codec
+from .lora import LoRACodec
+from .modules import Base
+from .places import Deltas
+
+
+class Codec(Protocol):
+    """One `peft_type`: `suffixes` are the ends of its tensors' names, `methods` ours that it stores."""
+
+    kind: str
+    methods: tuple[type, ...]
+    suffixes: tuple[str, ...]
+
+    def read(self, config: Config, found: Mapping[str, Tensors], base: Base) -> Deltas:
+        """Our deltas from their tensors by module."""
+
+    def write(self, deltas: Deltas, base: Base) -> tuple[dict[str, Any], Tensors]:
+        """Keys of the configuration and tensors by name, without PEFT's prefix."""
+
+
+CODECS: tuple[Codec, ...] = (LoRACodec(), IA3Codec())
+
+
+def codec_of(config: Config) -> Codec:
+    """The codec of an adapter's kind; raises `InputError` that lists those there are."""
+    for codec in CODECS:
+        if codec.kind == config.kind:
+            return codec
+    valid = ", ".join(codec.kind for codec in CODECS)
+    raise InputError(f"{config.path}: peft_type={config.kind!r} is not supported; valid: {valid}")
+
+
+def codec_for(method: Method) -> Codec | None:
+    """The codec that stores a method of ours, None where PEFT has nothing like it."""
+    return next((codec for codec in CODECS if isinstance(method, codec.methods)), None)
