@@ -37,7 +37,6 @@ class Site:
 class SiteMethod(ABC):
     """A delta at a module's boundary: it sees the call's arguments and its outputs.
 
-    `reads` says that `init` looks at the values of the site's parameters and not only at their shapes.
     `neutral` is a value for all its variables, state included, that changes nothing: layers of a scan
     outside the address get it.
     """
@@ -45,12 +44,16 @@ class SiteMethod(ABC):
     name: ClassVar[str]
     positions: ClassVar[tuple[str, ...]]
     at: ClassVar[str] = "__call__"
-    reads: ClassVar[bool] = False
     neutral: ClassVar[float] = 0.0
 
     @property
     def random(self) -> bool:
         """Whether training needs a random key."""
+        return False
+
+    @property
+    def reads(self) -> bool:
+        """Whether `init` looks at the values of the site's parameters and not only at their shapes."""
         return False
 
     @abstractmethod
@@ -120,6 +123,10 @@ class LeafMethod(ABC):
     @abstractmethod
     def init(self, rng: jax.Array, leaf: jax.Array) -> Variables:
         """Trained variables for `leaf`; rows of a stack come as one array."""
+
+    def shared(self, rng: jax.Array) -> Variables:
+        """Trained variables that all arrays of an entry have in common; `apply` gets them with its own."""
+        return {}
 
     def state(self, rng: jax.Array, leaf: jax.Array, trained: Variables) -> Variables:
         """Variables that are kept but not trained; `trained` is what `init` returned."""

@@ -61,7 +61,10 @@ class Case(NamedTuple):
 
 CASES = [
     # A: the low-rank family
-    Case("lora", LoRA(2), unmerges=False, scales=False),
+    Case("lora", LoRA(2)),
+    Case("lora-stabilised-gaussian", LoRA(2, rank_stabilised=True, initialisation="gaussian")),
+    Case("lora-pissa", LoRA(2, initialisation="pissa"), "mlp/(up|down)", scales=False),
+    Case("lora-olora", LoRA(2, initialisation="olora"), "mlp/(up|down)", scales=False),
     # B: adapters, IA3, prefix and prompts
     Case("adapter", Adapter(3), "mlp/down", merges=False, unmerges=False),
     Case("parallel adapter", ParallelAdapter(3, scale=2.0), "mlp", merges=False, unmerges=False),
@@ -235,7 +238,7 @@ def scaled(case, delta, factor):
 
 @every
 def test_scaling(case, x64):
-    """Scaled by 0 nothing is left; scaled by a factor, the change of the weights is that many times itself."""
+    """Scaled by 0 nothing is left; by another factor, the weights change by so many times as much."""
     tuned, variables, params = set_up(case)
     variables = moved(variables)
     if not case.scales:
