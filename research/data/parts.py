@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ class Part:
     """The rows whose numbers are in `numbers`."""
 
     rows: Rows
-    numbers: range
+    numbers: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.numbers)

