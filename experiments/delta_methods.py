@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,33 @@ HIGH = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table: what is attached beside the classifier (None: full tuning), and rates to try."""
+    """A row of the table: what is attached beside the classifier (None: full tuning), and rates to try.
+
+    `keep` is the fraction of differences that are left of diff pruning before it is measured.
+    """
 
     spec: delta.Spec | None
     rates: tuple[float, ...] = MIDDLE
+    keep: float = 0.0
 
 
-ATTENTION, BOTH = "attention/(query|value)", "(attention/output|mlp/down)"
+# MiniLM has six layers of 1.77 million parameters; widths and lengths are such that a method stays below 1%.
+LAYERS, QUERY_VALUE, OUTPUTS = "re:layers_\\d+", "attention/(query|value)", "(attention/output|mlp/down)"
 RECIPES: Mapping[str, Recipe] = {
     "full tuning": Recipe(None, LOW),
-    "LoRA": Recipe({ATTENTION: delta.LoRA(rank=8)}),
-    "adapter": Recipe({BOTH: delta.Adapter(width=16)}),
-    "BitFit": Recipe({"re:layers_\\d+": delta.BitFit()}, HIGH),
+    "last layer": Recipe({"layers_{5-}": delta.Full()}, LOW),
+    "LoRA": Recipe({QUERY_VALUE: delta.LoRA(rank=8)}),
+    "PiSSA": Recipe({QUERY_VALUE: delta.LoRA(rank=8, initialisation="pissa")}),
+    "DoRA": Recipe({QUERY_VALUE: delta.DoRA(rank=8)}),
+    "adapter": Recipe({OUTPUTS: delta.Adapter(width=16)}),
+    "parallel adapter": Recipe({"layers_{0-5}/(attention|mlp)": delta.ParallelAdapter(width=16)}),
+    "low-rank adapter": Recipe({OUTPUTS: delta.LowRankAdapter()}),
+    "IA3": Recipe({"attention/(key|value)": delta.IA3(), "mlp/down": delta.IA3(on="input")}, HIGH),
+    "prefix": Recipe({"attention": delta.Prefix(length=16)}, HIGH),
+    "BitFit": Recipe({LAYERS: delta.BitFit()}, HIGH),
+    "LayerNorm": Recipe({LAYERS: delta.LayerNormTuning()}, HIGH),
+    "random subset": Recipe({LAYERS: delta.RandomSubset(fraction=0.005)}, HIGH),
+    "diff pruning": Recipe({LAYERS: delta.DiffPruning()}, keep=0.005),
     "linear probe": Recipe({}, HIGH),
 }
 
@@ -265,19 +280,21 @@ class Work:
     def _measure(self, cell: Cell, seed: int, folder: Path) -> dict[str, Any]:
         trials = self.trials
         trial = trials.advance(trials.start(seed, cell.rate), self._batches(cell, seed), self.training.steps)
-        result = {"trained_parameters": delta.parameter_count(trial.state.trainable)}
-        result["parameters"] = delta.parameter_count(trials.params)
+        tuned, variables = trials.tuned, trial.variables
+        score = partial(trials.score, trial)
+        if tuned is not None and cell.recipe.keep:
+            tuned, variables = delta.project(tuned, variables, cell.recipe.keep)
+            score = partial(trials.score_merged, tuned.merge(trials.params, variables))
+        result: dict[str, Any] = {
+            "parameters": delta.parameter_count(trials.params),
+            "tuned_parameters": delta.parameter_count(variables["delta"]),
+        }
         for split, rows in (("dev", self.rows.dev), ("test", self.rows.test)):
-            means = measured(cell.task, trials.score(trial, rows), rows)
+            means = measured(cell.task, score(rows), rows)
             result |= {f"{split}_{name}": value for name, value in means.items()}
         if trials.memory is not None:
             result |= {"memory": trials.memory.total, "memory_arguments": trials.memory.arguments}
-        return result | {"stored_bytes": stored_bytes(folder, trials, trial)}
-
-
-def stored_bytes(folder: Path, trials: Trials, trial: Trial) -> int:
-    """Bytes of what the task needs beside the backbone: the delta's folder, or a whole copy."""
-    if trials.tuned is None:
-        return delta.byte_count(trial.state.trainable)
-    stored = delta.save_delta(folder / "delta", trials.tuned, trial.variables, trials.params)
-    return sum(file.stat().st_size for file in stored.iterdir())
+        if tuned is None:
+            return result | {"stored_bytes": delta.byte_count(variables["delta"])}
+        stored = delta.save_delta(folder / "delta", tuned, variables, trials.params)
+        return result | {"stored_bytes": sum(file.stat().st_size for file in stored.iterdir())}

@@ -11,8 +11,9 @@ trial takes seconds or minutes; `loop.train` is for what takes longer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ class Scores(NamedTuple):
 class Trials:
     """The compiled functions of one model with one specification (`tuned` None: full tuning)."""
 
+    model: Transformer
     params: Params
     tuned: Tuned | None
     create: Any
@@ -98,8 +100,8 @@ class Trials:
         state, small = jax.eval_shape(create, params, seed, rate)
         frozen = _whole(small, params, tuned)
         compiled = step.lower(state, frozen, dict(example)).compile()
-        judge = jax.jit(lambda trainable, frozen, batch: _judge(forward, trainable, frozen, batch))
-        return cls(params, tuned, jax.jit(create), compiled, judge, compiled_memory(compiled))
+        judge = jax.jit(partial(_judge, forward))
+        return cls(model, params, tuned, jax.jit(create), compiled, judge, compiled_memory(compiled))
 
     def start(self, seed: int, rate: float) -> Trial:
         """A trial before its first step."""
@@ -115,12 +117,21 @@ class Trials:
 
     def score(self, trial: Trial, rows: Rows, batch: int = 64) -> Scores:
         """What the trial's model says of all `rows`."""
-        found = [
-            jax.device_get(self.judge(trial.state.trainable, trial.frozen, each))
-            for each in evaluation_batches(rows, batch)
-        ]
-        chosen, losses = (np.concatenate(part)[: len(rows)] for part in zip(*found))
-        return Scores(chosen, losses)
+        return _scores(partial(self.judge, trial.state.trainable, trial.frozen), rows, batch)
+
+    def score_merged(self, params: Params, rows: Rows, batch: int = 64) -> Scores:
+        """What the plain model with these parameters says of all `rows`."""
+        return _scores(partial(self._judge_plain, params, {}), rows, batch)
+
+    @cached_property
+    def _judge_plain(self) -> Any:
+        return jax.jit(partial(_judge, full_tuning(self.model)))
+
+
+def _scores(judge: Callable[..., Any], rows: Rows, batch: int) -> Scores:
+    found = [jax.device_get(judge(each)) for each in evaluation_batches(rows, batch)]
+    chosen, losses = (np.concatenate(part)[: len(rows)] for part in zip(*found))
+    return Scores(chosen, losses)
 
 
 def _begin(tuned: Tuned | None, rng: jax.Array, params: Params, example: Mapping[str, Any]) -> tuple:

@@ -100,6 +100,7 @@ def test_scores_are_the_models_own(made, rows):
     whole = trial.state.trainable if name == "full" else trial.frozen["params"]
     logits = MODEL.apply(whole, batch["tokens"], segments=batch["segments"], positions=batch["positions"])
     np.testing.assert_array_equal(scores.chosen, np.asarray(logits).argmax(-1))
+    np.testing.assert_array_equal(scores.chosen, trials.score_merged(whole, rows, batch=4).chosen)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     np.testing.assert_allclose(scores.losses, expected, rtol=1e-4)
 
