@@ -9,11 +9,15 @@ from .adapter import Adapter
 from .addresses import Address
 from .attach import BoundModel, Entry, Spec, Tuned, attach, attach_leaves
 from .bitfit import BitFit
+from .combination import combine
+from .conversion import Converted, to_lora
 from .diff_pruning import DiffPruning, project
+from .dora import DoRA
 from .flax_prefix import FlaxPrefix
 from .full import Full
 from .ia3 import IA3, ia3_spec
 from .intrinsic import SAID
+from .joining import join
 from .last_layers import last_layers
 from .layer_norm import LayerNormTuning
 from .lora import LoRA
@@ -38,7 +42,9 @@ __all__ = [
     "Address",
     "BitFit",
     "BoundModel",
+    "Converted",
     "DiffPruning",
+    "DoRA",
     "Entry",
     "FlaxPrefix",
     "Full",
@@ -62,8 +68,10 @@ __all__ = [
     "attach_leaves",
     "backbone_hash",
     "byte_count",
+    "combine",
     "entry_names",
     "ia3_spec",
+    "join",
     "last_layers",
     "load_delta",
     "lost_in_merge",
@@ -76,5 +84,6 @@ __all__ = [
     "scaled",
     "stack_tasks",
     "summary",
+    "to_lora",
     "without",
 ]

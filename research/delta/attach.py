@@ -21,10 +21,11 @@ from ... import InputError
 from ...models.model import LinenModel, Model, as_linen, as_model
 from .addresses import Address, Hit, resolve, select
 from .folding import near_misses
-from .leaves import FunctionModel, apply_leaf, init_leaf, on_rows
+from .leaves import FunctionModel, apply_leaf, init_leaf, leaf_key, on_rows
 from .methods import LeafMethod, Method, SiteMethod, Variables
 from .sites import apply_sites, find_calls, init_site, spread
 from .trees import (
+    SHARED,
     Place,
     Tree,
     from_places,
@@ -83,6 +84,8 @@ class Tuned:
                     leaf = node_at(params, path)
                     place = path, entry.name
                     trained[place], state[place] = init_leaf(method, rng, path, leaf, hit)
+                if common := method.shared(leaf_key(rng, entry.name)):
+                    trained["", entry.name] = {SHARED: common}
         return {"delta": from_places(trained), "delta_state": from_places(state)}
 
     def apply(

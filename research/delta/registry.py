@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from .adapter import Adapter
 from .bitfit import BitFit
 from .diff_pruning import DiffPruning
+from .flax_prefix import FlaxPrefix
+from .dora import DoRA
 from .full import Full
 from .ia3 import IA3
 from .intrinsic import SAID
@@ -15,12 +17,15 @@ from .lora import LoRA
 from .low_rank_adapter import LowRankAdapter
 from .methods import Method
 from .parallel_adapter import ParallelAdapter
+from .prefix import Prefix
 from .random_subset import RandomSubset, SparseOffset
+from .shift_positions import ShiftPositions
 
 METHODS: Mapping[str, type[Method]] = {
     each.name: each
     for each in (
         LoRA,
+        DoRA,
         Adapter,
         BitFit,
         Full,
@@ -32,5 +37,8 @@ METHODS: Mapping[str, type[Method]] = {
         IA3,
         ParallelAdapter,
         LowRankAdapter,
+        Prefix,
+        FlaxPrefix,
+        ShiftPositions,
     )
 }

@@ -12,7 +12,7 @@ from .addresses import Hit
 from .attach import Tuned
 from .folding import fold
 from .methods import LeafMethod
-from .trees import places
+from .trees import SHARED, places
 
 Status = Literal["frozen", "tuned", "added"]
 
@@ -56,6 +56,9 @@ def summary(tuned: Tuned, params: Mapping[str, Any], variables: Mapping[str, Any
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         if not any(hit.rows is None for hit in replaced.get(path, ())):
             found.append((path, "frozen", "", leaf))
+    for (path, name), shared in trained.items():
+        if path == "" and set(shared) == {SHARED}:
+            found.append((path, "tuned", name, shared))
     for (path, entry), delta in deltas.items():
         status: Status = "tuned" if isinstance(entry.method, LeafMethod) else "added"
         found.append((path, status, entry.name, delta))

@@ -10,6 +10,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 Tree = dict[str, Any]
 Place = tuple[str, str]  # (path of the module or leaf, `~name`)
 
+# What all arrays of an entry have in common lies at the root, `~said/shared/vector`.
+SHARED = "shared"
+
 
 def node_at(tree: Mapping[str, Any], path: str) -> Any:
     """The subtree or leaf at `path`, None where there is none."""
@@ -38,7 +41,13 @@ def places(tree: Mapping[str, Any]) -> dict[Place, Tree]:
 def variables_by_place(variables: Mapping[str, Any]) -> dict[Place, Tree]:
     """Trained variables and state of each delta together, as its method gets them."""
     trained, fixed = (places(variables.get(part, {})) for part in ("delta", "delta_state"))
-    return {place: {**trained.get(place, {}), **fixed.get(place, {})} for place in {**trained, **fixed}}
+    common = {
+        name: trained.pop((path, name))[SHARED]
+        for path, name in list(trained)
+        if path == "" and SHARED in trained[path, name]
+    }
+    own = {place: {**trained.get(place, {}), **fixed.get(place, {})} for place in {**trained, **fixed}}
+    return {place: {**common.get(place[1], {}), **each} for place, each in own.items()}
 
 
 def from_places(found: Mapping[Place, Mapping[str, Any]]) -> Tree:

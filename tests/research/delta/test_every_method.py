@@ -18,6 +18,7 @@ from modicum.research.delta import (
     SAID,
     Adapter,
     BitFit,
+    DoRA,
     DiffPruning,
     Full,
     LayerNormTuning,
@@ -65,6 +66,7 @@ CASES = [
     Case("lora-stabilised-gaussian", LoRA(2, rank_stabilised=True, initialisation="gaussian")),
     Case("lora-pissa", LoRA(2, initialisation="pissa"), "mlp/(up|down)", scales=False),
     Case("lora-olora", LoRA(2, initialisation="olora"), "mlp/(up|down)", scales=False),
+    Case("dora", DoRA(2), unmerges=False, scales=False),
     # B: adapters, IA3, prefix and prompts
     Case("adapter", Adapter(3), "mlp/down", merges=False, unmerges=False),
     Case("parallel adapter", ParallelAdapter(3, scale=2.0), "mlp", merges=False, unmerges=False),
