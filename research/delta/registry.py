@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from .adapter import Adapter
 from .bitfit import BitFit
 from .diff_pruning import DiffPruning
-from .flax_prefix import FlaxPrefix
 from .dora import DoRA
+from .flax_prefix import FlaxPrefix
 from .full import Full
 from .ia3 import IA3
 from .intrinsic import SAID
