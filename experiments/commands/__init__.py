@@ -74,6 +74,7 @@ def verbs() -> dict[str, Callable[..., Verb]]:
     from .generate import Generate
     from .quickstart import Quickstart
     from .report import Report
+    from .study import Study
     from .train import Train
     from .tune import Tune
 
@@ -83,6 +84,7 @@ def verbs() -> dict[str, Callable[..., Verb]]:
         "tune": Tune,
         "evaluate": Evaluate,
         "generate": Generate,
+        "study": Study,
         "report": Report,
         "bench": Bench,
     }

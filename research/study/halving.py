@@ -18,7 +18,7 @@ from ... import InputError
 
 Candidate = TypeVar("Candidate")
 State = TypeVar("State")
-Score = float | tuple[float, ...]
+Score = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def successive_halving(
     """Train every candidate to `stops[0]`, the best `keep` of them (at least one) to `stops[1]`, and so on.
 
     `advance(candidate, state, start, stop)` trains from its `state` (None: from the beginning) and returns the
-    new one; `score(state)` is a number, or numbers compared in order, larger is better; one that is not finite
-    loses. Of equal scores the earlier candidate wins.
+    new one; `score(state)` are numbers compared in order, larger is better; one that is not finite loses. Of
+    equal scores the earlier candidate wins.
     """
     _check(candidates, stops, keep)
     states: dict[Candidate, State | None] = dict.fromkeys(candidates)
@@ -68,9 +68,8 @@ def successive_halving(
     return Found(ranked[0], tuple(rungs))
 
 
-def _ranked(score: Score) -> tuple[float, ...]:
-    numbers = score if isinstance(score, tuple) else (score,)
-    return numbers if all(map(math.isfinite, numbers)) else (-math.inf,)
+def _ranked(score: Score) -> Score:
+    return score if all(map(math.isfinite, score)) else (-math.inf,)
 
 
 def _check(candidates: Sequence[object], stops: Sequence[int], keep: float) -> None:

@@ -8,6 +8,10 @@ from modicum import InputError
 from modicum.research.study.halving import successive_halving
 
 
+def scored(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
 def run(quality, stops=(2, 4, 8), **options):
     calls = []
 
@@ -17,7 +21,7 @@ def run(quality, stops=(2, 4, 8), **options):
         return candidate, stop
 
     found = successive_halving(
-        list(quality), stops=stops, advance=advance, score=lambda state: quality[state[0]], **options
+        list(quality), stops=stops, advance=advance, score=lambda state: scored(quality[state[0]]), **options
     )
     return found, calls
 
