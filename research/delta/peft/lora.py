@@ -17,14 +17,7 @@ import numpy as np
 
 from .... import InputError
 
-try:
-    from ..dora import DoRA
-except ImportError:
-
-    class DoRA:
-        pass
-
-
+from ..dora import DoRA
 from ..lora import LoRA
 from ..trees import node_at
 from .config import Config, by_pattern, most_common
@@ -35,7 +28,7 @@ from .places import Delta, Deltas
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 STARTS = {True: "uniform", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 # How these start leaves the base model's weights as they were, so it does not matter to what is stored.
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 CONVERT = "PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...) makes a plain LoRA of it"
 
 
@@ -62,7 +55,7 @@ class LoRACodec:
         ranks, alphas = config.take("rank_pattern", {}), config.take("alpha_pattern", {})
         stabilised, dropout = config.take("use_rslora", False), float(config.take("lora_dropout", 0.0))
         weighted = config.take("use_dora", False)
-        start = config.take("init_lora_weights", True)
+        start = config.take("init_lora_weights", None)
         if start not in PLAIN_STARTS and start not in STARTS:
             raise InputError(
                 f"{config.path}: init_lora_weights={start!r} changes the base model's weights in a way that "
