@@ -5,6 +5,7 @@ model), `sites` (deltas at module calls), `leaves` (deltas on parameter arrays),
 is), one file per method, `storage` (delta files), `summary` (what is tuned, added, frozen).
 """
 
+from .adalora import AdaLoRA
 from .adapter import Adapter
 from .addresses import Address
 from .attach import BoundModel, Entry, Spec, Tuned, attach, attach_leaves
@@ -38,6 +39,7 @@ __all__ = [
     "IA3",
     "METHODS",
     "SAID",
+    "AdaLoRA",
     "Adapter",
     "Address",
     "BitFit",
