@@ -1,41 +1,28 @@
-"""`modicum tune MODEL --data DATA lora`: a classifier from a trained model."""
+"""`modicum tune MODEL --data DATA lora`: a trained model tuned to a task, by a delta or wholly."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import tyro
 
 from ... import InputError
-from .methods import Adapter, Bitfit, FullTuning, Lora, Probe, TuningMethod
-from .options import UNLIMITED_LENGTH, PlacementOptions, TrainingOptions
-from .train import describe_devices
+from .methods import Method, TuningMethod
+from .options import PlacementOptions, TrainingOptions
+from .reading import Reading
 
 if TYPE_CHECKING:
     from ...models.config import TransformerConfig
-    from ...models.heads import ClassifierHead
-    from ...models.model import Params
-    from ...models.transformer import Transformer
-    from ...parallel.layout import Layout
+    from ...models.heads import Head
     from ...research.data.sources import Source
-    from ...research.data.tokenizers import Tokenizer
-    from ...research.study.runs import Run
     from ...research.training.config import TrainingConfig
-    from ...research.training.model_folder import TrainedModel
-    from ...research.training.tuning import ClassificationRows
+    from ...research.training.tuning import TuningTask
+    from .language_models import LanguageModel
 
-logger = logging.getLogger(__name__)
-
-Method = (
-    Annotated[Lora, tyro.conf.subcommand("lora")]
-    | Annotated[Adapter, tyro.conf.subcommand("adapter")]
-    | Annotated[Bitfit, tyro.conf.subcommand("bitfit")]
-    | Annotated[Probe, tyro.conf.subcommand("probe")]
-    | Annotated[FullTuning, tyro.conf.subcommand("full")]
-)
+POOLINGS = {"decoder": "last", "encoder": "mean"}
+"""What is classified unless told, by the model's kind: a decoder's last token alone has read all."""
 
 
 @dataclass(frozen=True)
@@ -43,116 +30,146 @@ class TuneRun:
     """What a tuning run is asked for: its identity is hashed from this."""
 
     model: TransformerConfig
-    head: ClassifierHead
+    head: Head | None
     backbone: str
     method: TuningMethod
     training: TrainingConfig
     length: int
     truncate: bool
+    reading: Reading
 
 
-class Task(NamedTuple):
-    """The model with a fresh head, its parameters and tokenizer, and the encoded data with its digest."""
+class Prepared(NamedTuple):
+    """The model as it was opened, the encoded splits, the labels (none: text-to-text), the data's digest."""
 
-    model: Transformer
-    params: Params
-    tokenizer: Tokenizer
-    rows: ClassificationRows
+    speaker: LanguageModel
+    rows: dict[str, Any]
+    labels: tuple[Any, ...] | None
     fingerprint: str
 
 
 @dataclass(frozen=True)
 class Tune:
-    """Tune a trained model to a classification task.
+    """Tune a trained model to a task: to tell labels apart or, with --target-column, to answer in text.
 
-    One run for each learning rate; the best on the dev split is evaluated on the test split and stored, a
-    delta as a delta only.
+    MODEL is a published checkpoint (its folder or its name on the Hugging Face hub) or what `modicum train`
+    left. Several learning rates are compared on the dev split by successive halving; what was trained at the
+    best is measured on the test split and stored, a delta as a delta only.
     """
 
-    model: tyro.conf.Positional[Path]
-    """A model folder, or a finished run of `modicum train`."""
+    model: tyro.conf.Positional[str]
+    """A folder with config.json, safetensors and a tokenizer; a hub name; or a run of `modicum train`."""
     method: Method
     data: str = tyro.MISSING
     """A folder with train, dev and test files, a file, or a hub name."""
     out: Path = Path("runs/tune")
-    """Folder of the runs, one for each learning rate."""
+    """Folder of the runs, one for each learning rate and seed."""
     text_column: str = "text"
+    pair_column: str = ""
+    """The column of a second text, where pairs are classified; --text-column is the first's."""
+    prompt: str = ""
+    """The model's input made of several columns, such as '{question} {sentence} same?'."""
     label_column: str = "label"
+    target_column: str = ""
+    """The column of texts that the model is to answer with, in place of labels: text-to-text."""
     learning_rate: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """Learning rates to try; a comparison of methods at one learning rate says little."""
+    sweep: Literal["halving", "all"] = "halving"
+    """Drop the worse half of the learning rates after a quarter and after half of the steps, where the dev
+    split is evaluated; or train all to the end."""
+    seeds: int = 1
+    """Runs at the best learning rate, with seeds from --seed on: for a mean and its spread."""
     length: int = 0
-    """Longest text in tokens; 0: as many as the model has positions, 128 where it has no limit."""
+    """Longest text in tokens; 0: the longest there is, which must fit the model's positions."""
     truncate: bool = False
     """Cut longer texts instead of refusing them."""
-    pooling: Literal["last", "first", "mean"] = "last"
-    """What is classified: the last token's hidden state, the first's, or the mean."""
-    training: TrainingOptions = field(default_factory=lambda: TrainingOptions(steps=300))
+    pooling: Literal["auto", "last", "first", "mean"] = "auto"
+    """What is classified: the last token's hidden state, the first's, or the mean. Auto: a decoder's last, an
+    encoder's mean."""
+    ignore: tuple[str, ...] = ()
+    """Keys of a published config.json to pass over although nobody here knows them."""
+    training: TrainingOptions = field(default_factory=lambda: TrainingOptions(steps=300, evaluate_every=75))
     placement: PlacementOptions = field(default_factory=PlacementOptions)
 
     def run(self) -> int:
         """Tune at each learning rate, choose on dev, report on test."""
-        from ...research.training.stopping import NonFiniteLoss
+        from .tuning_runs import TuningRuns, Unfinished
 
-        if not self.learning_rate:
-            raise InputError("learning_rate: no number given; give one or more, such as 3e-4 1e-3")
-        configs = [self.training.config(rate, "accuracy") for rate in self.learning_rate]
-        self.method.spec()  # what is wrong with it is said before anything is read
+        configs = self._configs()
+        reading = self._reading()
+        self.method.check()  # what is wrong with it is said before anything is read
         layout = self.placement.layout(self.training.batch)
-        task = self._task()
-        runs = []
-        for config in configs:
-            run = self._open(config, task, layout)
-            try:
-                with run.unless_refused():
-                    code = self._attempt(run, config, task, layout)
-            except NonFiniteLoss as failure:
-                if len(configs) == 1:
-                    raise
-                logger.warning("%s: %s", run.folder, failure)  # the other learning rates may do
-                continue
-            if code:
-                return code
-            runs.append(run)
-        if not runs:
-            raise InputError(
-                f"{self.out}: the loss was finite at none of the learning rates; give lower ones"
-            )
-        self._conclude(runs)
+        prepared = self._prepare(reading)
+        runs = TuningRuns(
+            out=self.out,
+            task_of=lambda seed: self._task(prepared, reading, seed),
+            question_of=lambda task, config: self._question(task, config, prepared, reading),
+            name=self.method.command,
+            fingerprint=prepared.fingerprint,
+            layout=layout,
+            speaker=prepared.speaker,
+        )
+        try:
+            best = runs.choose(configs, self.sweep)
+            runs.conclude(best, self.seeds)
+        except Unfinished as stopped:
+            return stopped.code
         return 0
 
-    def _task(self) -> Task:
-        from ...models.heads import ClassifierHead
-        from ...models.precision import policy
-        from ...research.data.examples import Labels, examples
-        from ...research.training.model_folder import find_model, load_model, load_tokenizer, with_classifier
-        from ...research.training.tuning import ClassificationRows
+    def _configs(self) -> list[TrainingConfig]:
+        if not self.learning_rate:
+            raise InputError("learning_rate: no number given; give one or more, such as 3e-4 1e-3")
+        if len(set(self.learning_rate)) < len(self.learning_rate):
+            raise InputError(f"learning_rate: {' '.join(map(str, self.learning_rate))} has a number twice")
+        if self.seeds < 1:
+            raise InputError(f"seeds={self.seeds} must be at least 1")
+        metric: Literal["loss", "accuracy"] = "loss" if self.target_column else "accuracy"
+        return [self.training.config(rate, metric) for rate in self.learning_rate]
 
-        trained = load_model(find_model(self.model))
-        tokenizer = load_tokenizer(trained, self.model)
-        length = self._length(trained)
-        splits = self._splits()
-        labels = Labels.of(splits["train"])
+    def _reading(self) -> Reading:
+        return Reading(self.text_column, self.pair_column, self.prompt, self.label_column, self.target_column)
+
+    def _prepare(self, reading: Reading) -> Prepared:
+        from ...research.data.examples import Labels
+        from .reading import alike, longest
+
+        speaker = self._open(reading)
+        limit = longest(speaker, self.length)
+        splits = self._splits(reading)
+        labels = None if reading.kind == "text-to-text" else Labels.of(splits["train"])
         encoded = {
-            split: examples(source, tokenizer, labels, length, truncate=self.truncate)
+            split: reading.rows(source, speaker, labels, limit, self.truncate)
             for split, source in splits.items()
         }
-        rows = ClassificationRows(encoded["train"], encoded["dev"], encoded.get("test"), labels.names)
-        model, params = with_classifier(
-            trained, ClassifierHead(len(labels), self.pooling), self.training.seed
-        )
-        model = replace(model, config=replace(model.config, precision=policy(self.training.precision)))
+        names = None if labels is None else labels.names
         fingerprint = "-".join(source.fingerprint for source in splits.values())
-        return Task(model, params, tokenizer, rows, fingerprint)
+        return Prepared(speaker, alike(encoded, self.length), names, fingerprint)
 
-    def _length(self, trained: TrainedModel) -> int:
-        positions = trained.model.config.positions
-        positions.require(self.length)
-        return self.length or positions.limit or UNLIMITED_LENGTH
+    def _open(self, reading: Reading) -> LanguageModel:
+        from ...models.precision import policy
+        from .language_models import open_body, open_language_model, require_plain_prompts
 
-    def _splits(self) -> dict[str, Source]:
-        from ...research.data.sources import load_splits
+        if reading.kind == "classification":
+            speaker = open_body(self.model, self.ignore)
+            self._pooling(speaker)  # refused before anything is read
+        else:
+            speaker = open_language_model(self.model, "float32", self.ignore)
+            if speaker.pretrained is not None:
+                require_plain_prompts(self.model, speaker.pretrained)
+        config = replace(speaker.model.config, precision=policy(self.training.precision))
+        return replace(speaker, model=replace(speaker.model, config=config))
 
-        splits = load_splits(self.data, self.text_column, self.label_column)
+    def _pooling(self, speaker: LanguageModel) -> Any:
+        kind = speaker.model.config.kind
+        if self.pooling == "last" and kind == "encoder":
+            raise InputError(
+                f"pooling=last of {self.model}, an encoder: its last token is no more than a mark; "
+                f"valid: mean, first"
+            )
+        return POOLINGS[kind] if self.pooling == "auto" else self.pooling
+
+    def _splits(self, reading: Reading) -> dict[str, Source]:
+        splits = reading.splits(self.data)
         for needed in ("train", "dev"):
             if needed not in splits:
                 raise InputError(
@@ -160,77 +177,38 @@ class Tune:
                 )
         return splits
 
-    def _open(self, config: TrainingConfig, task: Task, layout: Layout) -> Run:
-        """The run of one learning rate."""
+    def _task(self, prepared: Prepared, reading: Reading, seed: int) -> TuningTask:
+        """What is tuned; a classifier's head is drawn from the seed."""
         from ...models.heads import ClassifierHead
-        from ...parallel.processes import is_main, main_first
-        from ...research.study.runs import Run
+        from ...research.training.model_folder import TrainedModel, with_classifier
+        from ...research.training.tuning import TuningTask
+
+        speaker, classifies = prepared.speaker, prepared.labels is not None
+        model, params = speaker.model, speaker.params
+        notes: dict[str, Any] = {"kind": reading.kind, "reading": asdict(reading)}
+        if prepared.labels is not None:
+            pooling = self._pooling(speaker)
+            head = ClassifierHead(len(prepared.labels), pooling)
+            model, params = with_classifier(TrainedModel(model, params), head, seed)
+            notes |= {"labels": list(prepared.labels), "pooling": pooling}
+        else:
+            notes |= {"stops": list(speaker.stops), "start": speaker.start}
+        spec = self.method.spec(params, classifies)
+        return TuningTask(model, params, spec, prepared.rows, reading.kind, notes, speaker.kept)
+
+    def _question(
+        self, task: TuningTask, config: TrainingConfig, prepared: Prepared, reading: Reading
+    ) -> TuneRun:
         from ...research.training.fingerprint import combined
 
-        assert isinstance(task.model.head, ClassifierHead)
-        question = TuneRun(
+        length = next(iter(prepared.rows["train"][0].values())).shape[-1]
+        return TuneRun(
             task.model.config,
             task.model.head,
             combined(task.params),
             self.method,
             config,
-            task.rows.train.length,
+            length,
             self.truncate,
+            reading,
         )
-        with main_first("opened"):
-            return Run.open(
-                self.out,
-                question,
-                seed=self.training.seed,
-                data_fingerprint=task.fingerprint,
-                name=f"{method_name(self.method)}-{config.optimizer.learning_rate:g}",
-                devices=describe_devices(layout),
-                write=is_main(),
-            )
-
-    def _attempt(self, run: Run, config: TrainingConfig, task: Task, layout: Layout) -> int:
-        """One learning rate; returns the exit code, not 0 where it was stopped by a signal."""
-        from ...parallel.processes import barrier
-        from ...research.training.tuning import tune_classifier
-        from .progress import say, training_bar
-        from .stops import exit_code
-
-        with training_bar(run.folder.name, config.steps) as report:
-            outcome = tune_classifier(
-                run,
-                task.model,
-                task.params,
-                self.method.spec(),
-                task.rows,
-                config,
-                layout=layout,
-                report=report,
-                tokenizer=task.tokenizer,
-            )
-        if outcome is None:
-            say(f"{run.folder}: finished before, nothing to do")
-            return 0
-        barrier("tuned")  # the first process has written the result that all read
-        return exit_code(outcome, run.folder)
-
-    def _conclude(self, runs: list[Run]) -> None:
-        """Print a line a learning rate, and the best by dev."""
-        from .progress import say
-
-        results = {run.folder: run.result for run in runs}
-        for folder, result in results.items():
-            say(f"{folder}: dev accuracy {result['dev_accuracy']:.1%} (best at step {result['best_step']})")
-        best = max(results, key=lambda folder: results[folder]["dev_accuracy"])
-        result = results[best]
-        test = f"test accuracy {result['test_accuracy']:.1%}, " if "test_accuracy" in result else ""
-        say(
-            f"best: {best}: {test}{result['trained_parameters']:,} trained parameters, "
-            f"{result['stored_bytes']:,} bytes stored"
-        )
-
-
-def method_name(method: TuningMethod) -> str:
-    """What the method is called on the command line."""
-    return {Lora: "lora", Adapter: "adapter", Bitfit: "bitfit", Probe: "probe", FullTuning: "full"}[
-        type(method)
-    ]

@@ -1,16 +1,17 @@
 """A trained model as a folder: JSON and safetensors, nothing that runs code when read.
 
-model.json               the configuration, the head and, for a classifier, the names of its labels
+model.json               the configuration, the head, for a classifier the names of its labels, and notes
 parameters.safetensors   arrays by `/` path
 tokenizer.json           where there is one
+tokenizer/               a published model's own tokenizer files instead, where it was tuned
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,17 +33,22 @@ if TYPE_CHECKING:
     from ..data.tokenizers import Tokenizer
 
 DESCRIPTION, PARAMETERS, TOKENIZER = "model.json", "parameters.safetensors", "tokenizer.json"
+PUBLISHED = "tokenizer"
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with its parameters, and how text becomes its input."""
+    """A model with its parameters, and how text becomes its input.
+
+    `tokenizer` is a file of ours, or a folder with a published model's files.
+    """
 
     model: Transformer
     params: Params
     labels: tuple[Any, ...] = ()
     tokenizer: Path | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_model(
@@ -50,10 +56,15 @@ def save_model(
     model: Transformer,
     params: Params,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | Path | None = None,
     labels: Sequence[Any] = (),
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the folder whole or not at all; a model that is there already is replaced."""
+    """Write the folder whole or not at all; a model that is there already is replaced.
+
+    `tokenizer` may be a published model's folder, of which the tokenizer's files are copied. `notes` are JSON
+    of your own.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -62,10 +73,13 @@ def save_model(
         "config": encode(model.config),
         "head": encode(model.head),
         "labels": list(labels),
+        "notes": dict(notes or {}),
     }
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
     save_file(flatten_dict(jax.device_get(params), sep="/"), str(partial / PARAMETERS))
-    if tokenizer is not None:
+    if isinstance(tokenizer, Path):
+        _copy_tokenizer(tokenizer, partial / PUBLISHED)
+    elif tokenizer is not None:
         tokenizer.save(partial / TOKENIZER)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -86,10 +100,8 @@ def load_model(folder: Path) -> TrainedModel:
         raise InputError(f"{folder / PARAMETERS} cannot be read: {error}") from None
     params = unflatten_dict(flat, sep="/")
     require_parameters(model, params, str(folder / PARAMETERS))
-    tokenizer = folder / TOKENIZER
-    return TrainedModel(
-        model, params, tuple(description["labels"]), tokenizer if tokenizer.exists() else None
-    )
+    tokenizer = next((each for each in (folder / TOKENIZER, folder / PUBLISHED) if each.exists()), None)
+    return TrainedModel(model, params, tuple(description["labels"]), tokenizer, description.get("notes", {}))
 
 
 def load_tokenizer(trained: TrainedModel, source: Path) -> Tokenizer:
@@ -99,6 +111,15 @@ def load_tokenizer(trained: TrainedModel, source: Path) -> Tokenizer:
     if trained.tokenizer is None:
         raise InputError(f"{source} has no {TOKENIZER}, so texts cannot be encoded for it")
     return Tokenizer.load(trained.tokenizer)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    from ...models.pretrained.tokenizers.load import FILES, SETTINGS
+
+    target.mkdir(parents=True)
+    for name in {*FILES, *SETTINGS}:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def find_model(path: Path) -> Path:

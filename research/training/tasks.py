@@ -1,12 +1,13 @@
-"""Jobs for the training loop: a language model from text, a classifier from a pretrained body.
+"""Jobs for the training loop: a language model from text, a trained model tuned to a task.
 
-A classifier is tuned through a delta specification, or wholly where there is none; either way the loop
+A model is tuned through a delta specification, or wholly where there is none; either way the loop
 and the train step are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,7 +24,16 @@ from ..delta.attach import Tuned
 from .config import TrainingConfig
 from .evaluation import SumsOf, evaluate, make_evaluation
 from .job import Evaluation, Job
-from .objectives import classification, delta_tuning, full_tuning, inputs_of, language_modelling, penalised
+from .objectives import (
+    Forward,
+    Loss,
+    classification,
+    delta_tuning,
+    full_tuning,
+    inputs_of,
+    language_modelling,
+    penalised,
+)
 
 Tree = Any
 EVALUATION_BATCH = 64
@@ -61,7 +71,7 @@ def language_model_job(
     )
 
 
-def classification_job(
+def tuning_job(
     model: Transformer,
     params: Params,
     tuned: Tuned | None,
@@ -69,42 +79,41 @@ def classification_job(
     config: TrainingConfig,
     *,
     layout: Layout,
+    loss_of: Callable[[Forward], Loss] = classification,
+    unit: str = "examples",
     evaluation: Rows | None = None,
+    sums_of: SumsOf | None = None,
 ) -> Job:
-    """Tune a classifier from the parameters `params`, by a delta or, where `tuned` is None, wholly.
+    """Tune a model from the parameters `params`, by a delta or, where `tuned` is None, wholly.
 
     Under a delta `frozen` holds the backbone and what the methods keep fixed, and the train state nothing
-    of either.
+    of either. `unit` is what `loss_of` weighs by; `sums_of` is that of a job which differs in seed, learning
+    rate and values only, so that nothing is compiled again.
     """
     _require_precision(model, config)
     batches = local_batches(rows, config, layout)
-    if tuned is None:
-        loss = classification(full_tuning(model))
-        sums_of = make_evaluation(loss)
-        return Job(
-            loss=loss,
-            init=lambda rng, initial: initial,
-            batches=batches,
-            initial=params,
-            axes=model.axes,
-            evaluate=evaluation_of(sums_of, evaluation, layout),
-            sums_of=sums_of,
-            unit="examples",
-        )
-    example = {name: array[:1] for name, array in batches(0).items()}
-    tokens, inputs = example["tokens"], inputs_of(example)
-    state = tuned.init(jax.random.key(config.seed), params, tokens, **inputs)["delta_state"]
-    loss = penalised(classification(delta_tuning(tuned)), tuned)
-    sums_of = make_evaluation(loss)
-    return Job(
+    loss = loss_of(full_tuning(model)) if tuned is None else penalised(loss_of(delta_tuning(tuned)), tuned)
+    sums_of = sums_of or make_evaluation(loss)
+    job = Job(
         loss=loss,
-        init=lambda rng, initial: tuned.init(rng, initial["params"], tokens, **inputs)["delta"],
+        init=lambda rng, initial: initial,
         batches=batches,
-        frozen={"params": params, "delta_state": state},
+        initial=params,
         axes=model.axes,
         evaluate=evaluation_of(sums_of, evaluation, layout),
         sums_of=sums_of,
-        unit="examples",
+        unit=unit,
+    )
+    if tuned is None:
+        return job
+    example = {name: array[:1] for name, array in batches(0).items()}
+    tokens, inputs = example["tokens"], inputs_of(example)
+    state = tuned.init(jax.random.key(config.seed), params, tokens, **inputs)["delta_state"]
+    return replace(
+        job,
+        init=lambda rng, initial: tuned.init(rng, initial["params"], tokens, **inputs)["delta"],
+        initial=None,
+        frozen={"params": params, "delta_state": state},
     )
 
 

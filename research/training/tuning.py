@@ -1,13 +1,15 @@
-"""Tuning a classifier, as one run: train, keep the best by the dev split, measure, store.
+"""Tuning a trained model to a task, as runs: train, keep the best by the dev split, measure, store.
 
-What is stored is what was trained: a delta folder for a delta, a model folder for full tuning.
+What is stored is what was trained: a delta folder for a delta, a model folder for full tuning. Runs of one
+task at several learning rates and seeds share their compiled programs (`Tuner`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -18,19 +20,30 @@ from ...models.transformer import Transformer
 from ...parallel.batches import on_host
 from ...parallel.layout import Layout
 from ...parallel.processes import is_main
+from ..data.batches import Rows
 from ..data.examples import Examples
 from ..data.tokenizers import Tokenizer
 from ..delta import Spec, Tuned, attach, load_delta, read_header, save_delta
 from ..delta.summary import parameter_count
 from ..study.runs import Run
 from .config import TrainingConfig
-from .job import Job
+from .evaluation import SumsOf
+from .job import Evaluation, Job
 from .loop import Outcome, train
+from .loss_scale import scaling_for
 from .model_folder import TrainedModel, save_model, with_classifier
+from .objectives import Forward, Loss, classification, language_modelling
+from .program import build_program
 from .recorder import Report
-from .tasks import classification_job, evaluation_of
+from .tasks import evaluation_of, tuning_job
 
 DELTA, MODEL = "delta", "model"
+Kind = Literal["classification", "text-to-text"]
+LOSSES: Mapping[Kind, tuple[Callable[[Forward], Loss], str]] = {
+    "classification": (classification, "examples"),
+    "text-to-text": (language_modelling, "tokens"),
+}
+"""By kind of task its loss, and what that weighs by."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,119 @@ class ClassificationRows:
     dev: Examples
     test: Examples | None
     labels: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class TuningTask:
+    """What is tuned: a model from its parameters by `spec` (None: all of them), on the rows of each split.
+
+    `rows` has `train`, `dev` and perhaps `test`; `notes` are JSON that is stored with what was trained, the
+    `labels` of a classifier among them; `tokenizer` is stored with a whole model.
+    """
+
+    model: Transformer
+    params: Params
+    spec: Spec | None
+    rows: Mapping[str, Rows]
+    kind: Kind = "classification"
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Tokenizer | Path | None = None
+
+    def tuned(self) -> Tuned | None:
+        """The model with its deltas; None where all parameters are tuned."""
+        return None if self.spec is None else attach(self.model, self.spec)
+
+    def plain(self, trained: Any, job: Job) -> tuple[Any, Params]:
+        """The tuned model and its parameters, for code that knows nothing of deltas."""
+        if (tuned := self.tuned()) is None:
+            return self.model, trained
+        variables = {"delta": trained, "delta_state": job.frozen["delta_state"]}
+        return self.model, tuned.merge(self.params, variables)
+
+    def job(self, config: TrainingConfig, layout: Layout, sums_of: SumsOf | None = None) -> Job:
+        """What the training loop is to do."""
+        loss_of, unit = LOSSES[self.kind]
+        return tuning_job(
+            self.model,
+            self.params,
+            self.tuned(),
+            self.rows["train"],
+            config,
+            layout=layout,
+            loss_of=loss_of,
+            unit=unit,
+            evaluation=self.rows["dev"],
+            sums_of=sums_of,
+        )
+
+
+Measure = Callable[[TuningTask, Callable[[], tuple[Any, Params]]], Mapping[str, float]]
+"""Measurements by name of a task and its tuned model, which the function gives with its parameters."""
+
+
+class Tuner:
+    """Trains runs of one task at any learning rate, with any seed, through one compiled step.
+
+    The tasks given may differ in the values of their parameters (a new classifier for each seed) and in
+    nothing else.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._step: jax.stages.Compiled | None = None
+        self._sums_of: SumsOf | None = None
+
+    def train(
+        self,
+        run: Run,
+        task: TuningTask,
+        config: TrainingConfig,
+        *,
+        until: int | None = None,
+        report: Report | None = None,
+    ) -> Outcome:
+        """Train `run`, or go on with it, up to step `until` (None: to its end)."""
+        job = task.job(config, self.layout, self._sums_of)
+        scaling = scaling_for(config.precision)
+        program = build_program(job, config, self.layout, scaling, any_rate=True, step=self._step)
+        self._step, self._sums_of = program.step, job.sums_of
+        return train(job, config, run, layout=self.layout, report=report, until=until, program=program)
+
+    def finish(
+        self,
+        run: Run,
+        task: TuningTask,
+        config: TrainingConfig,
+        outcome: Outcome,
+        measure: Measure | None = None,
+    ) -> None:
+        """Store what was trained best, and finish the run with what was measured of it.
+
+        `measure` gives further measurements of the tuned model.
+        """
+        finish_run(run, task, task.job(config, self.layout, self._sums_of), outcome, self.layout, measure)
+
+
+def finish_run(
+    run: Run,
+    task: TuningTask,
+    job: Job,
+    outcome: Outcome,
+    layout: Layout,
+    measure: Measure | None = None,
+) -> None:
+    """Store what was trained and finish `run`.
+
+    The result has `dev_*` and `test_*` means at the best step by the dev split, `trained_parameters`,
+    `stored_bytes` of what the task needs beside the backbone, and `memory_*` bytes of the compiled step.
+    """
+    result = _measure(outcome, job, task.rows.get("test"), layout)
+    trained = on_host(outcome.best.evaluated)
+    result |= measure(task, lambda: task.plain(trained, job)) if measure else {}
+    if is_main():
+        stored = _store(run.folder, task, trained, job)
+        result["stored_bytes"] = sum(file.stat().st_size for file in stored.rglob("*") if file.is_file())
+    run.finish(result)
 
 
 def tune_classifier(
@@ -55,49 +181,63 @@ def tune_classifier(
     report: Report | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Outcome | None:
-    """Tune `model` from `params` by `spec` (None: all parameters) and finish `run` with what was measured.
+    """Tune a classifier in one run of its own, and finish it as `finish_run` does.
 
-    The result has `dev_*` and `test_*` means at the best step by the dev split, `trained_parameters`,
-    `stored_bytes` of what the task needs beside the backbone, and `memory_*` bytes of the compiled step.
     Returns None where the run was finished before.
     """
     if run.state == "finished":
         return None
-    tuned = None if spec is None else attach(model, spec)
-    job = classification_job(model, params, tuned, rows.train, config, layout=layout, evaluation=rows.dev)
+    assert isinstance(model.head, ClassifierHead)
+    splits = {"train": rows.train, "dev": rows.dev} | ({"test": rows.test} if rows.test else {})
+    notes = {"labels": list(rows.labels), "pooling": model.head.pooling}
+    task = TuningTask(model, params, spec, splits, notes=notes, tokenizer=tokenizer)
+    job = task.job(config, layout)
     outcome = train(job, config, run, layout=layout, report=report)
-    if outcome.stopped and outcome.stopped.startswith("SIG"):
-        return outcome
-    result = _measure(outcome, job, rows, layout)
-    trained = on_host(outcome.best.evaluated)
-    if is_main():
-        stored = _store(run.folder, model, params, tuned, trained, rows.labels, job, tokenizer)
-        result["stored_bytes"] = sum(file.stat().st_size for file in stored.rglob("*") if file.is_file())
-    run.finish(result)
+    if not (outcome.stopped and outcome.stopped.startswith("SIG")):
+        finish_run(run, task, job, outcome, layout)
     return outcome
 
 
-def load_tuned(folder: Path, trained: TrainedModel) -> tuple[Tuned, dict[str, Any], Params, tuple[Any, ...]]:
-    """A stored delta on its backbone: the tuned model, its variables, the parameters, the labels."""
+class LoadedDelta(NamedTuple):
+    """A stored delta on its backbone: the tuned model, its variables, the parameters, the stored notes."""
+
+    tuned: Tuned
+    variables: dict[str, Any]
+    params: Params
+    notes: Mapping[str, Any]
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """What training does not change, as `objectives.delta_tuning` takes it."""
+        return {"params": self.params, "delta_state": self.variables["delta_state"]}
+
+    def plain(self) -> tuple[Any, Params]:
+        """The tuned model and its parameters, for code that knows nothing of deltas."""
+        return self.tuned.model, self.tuned.merge(self.params, self.variables)
+
+
+def load_tuned(folder: Path, model: Transformer, params: Params) -> LoadedDelta:
+    """The delta in `folder` on its backbone, which gets a classifier where the delta has one."""
     notes = read_header(folder).get("notes", {})
-    if missing := sorted({"labels", "pooling"} - set(notes)):
-        raise InputError(
-            f"{folder}: its notes have no {missing[0]!r}; `modicum tune` stores it with a classifier's delta"
-        )
-    labels = tuple(notes["labels"])
-    model, params = with_classifier(trained, ClassifierHead(len(labels), notes["pooling"]), seed=0)
+    if notes.get("kind", "classification") == "classification":
+        if missing := sorted({"labels", "pooling"} - set(notes)):
+            raise InputError(
+                f"{folder}: its notes have no {missing[0]!r}; `modicum tune` stores it with a classifier"
+            )
+        head = ClassifierHead(len(notes["labels"]), notes["pooling"])
+        model, params = with_classifier(TrainedModel(model, params), head, seed=0)
     tuned, variables = load_delta(folder, model, params)
-    return tuned, variables, params, labels
+    return LoadedDelta(tuned, variables, params, notes)
 
 
-def _measure(outcome: Outcome, job: Job, rows: ClassificationRows, layout: Layout) -> dict[str, Any]:
+def _measure(outcome: Outcome, job: Job, test_rows: Rows | None, layout: Layout) -> dict[str, Any]:
     best, memory = outcome.best, outcome.memory
-    dev = next(means for means in outcome.evaluations if means["step"] == int(best.step))
+    dev: Evaluation = next(means for means in outcome.evaluations if means["step"] == int(best.step))
     result: dict[str, Any] = {"best_step": dev["step"]}
     result |= {f"dev_{metric}": value for metric, value in dev.items() if metric != "step"}
     assert job.sums_of is not None
     frozen = jax.device_put(job.frozen, layout.parameters(job.frozen, job.axes))
-    if (test := evaluation_of(job.sums_of, rows.test, layout)) is not None:
+    if (test := evaluation_of(job.sums_of, test_rows, layout)) is not None:
         result |= {f"test_{metric}": value for metric, value in test(best.evaluated, frozen).items()}
     return result | {
         "trained_parameters": parameter_count(best.trainable),
@@ -107,20 +247,11 @@ def _measure(outcome: Outcome, job: Job, rows: ClassificationRows, layout: Layou
     }
 
 
-def _store(
-    folder: Path,
-    model: Transformer,
-    params: Params,
-    tuned: Tuned | None,
-    trained: Params,
-    labels: tuple[Any, ...],
-    job: Job,
-    tokenizer: Tokenizer | None,
-) -> Path:
+def _store(folder: Path, task: TuningTask, trained: Params, job: Job) -> Path:
+    tuned, labels = task.tuned(), task.notes.get("labels", ())
     if tuned is None:
-        save_model(folder / MODEL, model, trained, labels=labels, tokenizer=tokenizer)
+        kept = {"labels": labels, "tokenizer": task.tokenizer, "notes": task.notes}
+        save_model(folder / MODEL, task.model, trained, **kept)
         return folder / MODEL
-    assert isinstance(model.head, ClassifierHead)
     variables = {"delta": trained, "delta_state": job.frozen["delta_state"]}
-    notes = {"labels": list(labels), "pooling": model.head.pooling}
-    return save_delta(folder / DELTA, tuned, variables, params, notes=notes)
+    return save_delta(folder / DELTA, tuned, variables, task.params, notes=task.notes)
