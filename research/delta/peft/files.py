@@ -15,6 +15,7 @@ from .config import CONFIG
 
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+ROOT, PREFIX = "base_model.", "base_model.model."  # before the names of the base model's modules
 
 Tensors = dict[str, np.ndarray]
 

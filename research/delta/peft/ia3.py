@@ -13,7 +13,7 @@ import numpy as np
 from .... import InputError
 from ..ia3 import IA3
 from .config import Config, named_in
-from .files import Tensors
+from .files import PREFIX, Tensors
 from .lora import check_shape, columns_of
 from .modules import Base, Module
 from .places import Delta, Deltas
@@ -55,9 +55,9 @@ class IA3Codec:
             names.append(name)
             if "input" in sides:
                 feedforward.append(name)
-                tensors[f"{name}.{FACTORS}"] = _inputs(module, own)[None]
+                tensors[f"{PREFIX}{name}.{FACTORS}"] = _inputs(module, own)[None]
             else:
-                tensors[f"{name}.{FACTORS}"] = _outputs(module, own)[:, None]
+                tensors[f"{PREFIX}{name}.{FACTORS}"] = _outputs(module, own)[:, None]
         keys = {
             "target_modules": sorted(names),
             "feedforward_modules": sorted(feedforward),

@@ -13,6 +13,7 @@ from .ia3 import IA3Codec
 from .lora import LoRACodec
 from .modules import Base
 from .places import Deltas
+from .prefix import PrefixCodec
 
 
 class Codec(Protocol):
@@ -26,10 +27,10 @@ class Codec(Protocol):
         """Our deltas from their tensors by module."""
 
     def write(self, deltas: Deltas, base: Base) -> tuple[dict[str, Any], Tensors]:
-        """Keys of the configuration and tensors by name, without PEFT's prefix."""
+        """Keys of the configuration and tensors by their names in the file."""
 
 
-CODECS: tuple[Codec, ...] = (LoRACodec(), IA3Codec())
+CODECS: tuple[Codec, ...] = (LoRACodec(), IA3Codec(), PrefixCodec())
 
 
 def codec_of(config: Config) -> Codec:
@@ -43,4 +44,4 @@ def codec_of(config: Config) -> Codec:
 
 def codec_for(method: Method) -> Codec | None:
     """The codec that stores a method of ours, None where PEFT has nothing like it."""
-    return next((codec for codec in CODECS if isinstance(method, codec.methods)), None)
+    return next((codec for codec in CODECS if type(method) in codec.methods), None)

@@ -17,13 +17,11 @@ from ..attach import Tuned, attach
 from ..full import Full
 from ..methods import Method
 from .config import Config
-from .files import Tensors, read_tensors
+from .files import PREFIX, ROOT, Tensors, read_tensors
 from .kinds import codec_of
 from .modules import Base, base_of
 from .places import filled, specification
 from .whole import read_whole
-
-PREFIXES = ("base_model.model.", "base_model.")
 
 
 def load_peft(
@@ -73,16 +71,18 @@ def _sorted(
     saved: Tensors = {}
     strange: list[str] = []
     for name, tensor in tensors.items():
-        own = next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
-        suffix = next((each for each in suffixes if own.endswith(f".{each}")), None)
-        if suffix is None:
+        own = next((name.removeprefix(prefix) for prefix in (PREFIX, ROOT) if name.startswith(prefix)), name)
+        suffix = next((each for each in suffixes if own == each or own.endswith(f".{each}")), None)
+        if own == suffix:  # of no module: a prompt, VeRA's shared matrices
+            found.setdefault("", {})[own] = tensor
+        elif suffix is None:
             whole = base.named(own, base.entries)
             strange += [own] if whole not in base.entries else []
             saved[whole] = tensor
-            continue
-        module = base.named(own.removesuffix(f".{suffix}"), base.modules)
-        strange += [own] if module not in base.modules else []
-        found.setdefault(module, {})[suffix] = tensor
+        else:
+            module = base.named(own.removesuffix(f".{suffix}"), base.modules)
+            strange += [own] if module not in base.modules else []
+            found.setdefault(module, {})[suffix] = tensor
     if strange:
         raise InputError(
             f"the adapter has tensors that {base.architecture} has no place for: {listed(strange)}; "

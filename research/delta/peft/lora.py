@@ -21,7 +21,7 @@ from ..dora import DoRA
 from ..lora import LoRA
 from ..trees import node_at
 from .config import Config, by_pattern, most_common
-from .files import Tensors
+from .files import PREFIX, Tensors
 from .modules import Base, Module, Part
 from .places import Delta, Deltas
 
@@ -98,9 +98,9 @@ class LoRACodec:
                 continue
             product, alpha = joined(module, own, weighted, stabilised, base)
             ranks[name], alphas[name] = product.a.shape[1], alpha
-            tensors |= {f"{name}.{A}": product.a.T, f"{name}.{B}": product.b.T}
+            tensors |= {f"{PREFIX}{name}.{A}": product.a.T, f"{PREFIX}{name}.{B}": product.b.T}
             if product.magnitude is not None:
-                tensors[f"{name}.{MAGNITUDE}"] = product.magnitude
+                tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = product.magnitude
         rank, alpha = most_common(ranks.values()), most_common(alphas.values())
         keys = {
             "r": rank,
@@ -213,6 +213,10 @@ def _checked(
         check_shape(module.name, suffix, tensors, shape)
     if not weighted and MAGNITUDE in tensors:
         raise InputError(f"{module.name} has a {MAGNITUDE}, but the configuration has no use_dora")
+    if weighted and not tensors[MAGNITUDE].all():
+        raise InputError(
+            f"{module.name}: a magnitude of exactly 0 has another meaning here and cannot be read"
+        )
     return tensors[A].T, tensors[B].T, tensors.get(MAGNITUDE)
 
 

@@ -21,6 +21,7 @@ from ....models.transformer import Transformer
 
 KERNEL = "/kernel"
 WEIGHT = ".weight"
+QUERY = "/query"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +72,15 @@ class Base:
     modules: Mapping[str, Module]
 
     @property
-    def by_path(self) -> dict[str, tuple[Module, Part]]:
-        """Their modules and the part in each, by our unrolled paths."""
-        return {part.path: (module, part) for module in self.modules.values() for part in module.parts}
+    def sites(self) -> dict[str, tuple[str, int | None]]:
+        """Where modules of ours lie, by unrolled paths: all that are theirs too, attention, and the root."""
+        found: dict[str, tuple[str, int | None]] = {"": ("", None)}
+        for module in self.modules.values():
+            for part in module.parts:
+                found[part.path] = part.stacked, part.row
+                if part.path.endswith(QUERY):
+                    found[part.path.removesuffix(QUERY)] = part.stacked.removesuffix(QUERY), part.row
+        return found
 
     def named(self, name: str, known: Container[str]) -> str:
         """A file's name of a module or tensor as the architecture has it, if `known` holds it there.
@@ -135,9 +142,8 @@ def _columns(form: Form, leaf: tuple[int, ...]) -> tuple[np.ndarray, bool]:
 
 def unrolled(base: Base, stacked: str, rows: tuple[int, ...] | None) -> Iterator[tuple[int, str]]:
     """(index among the rows, our unrolled path) of what a delta at `stacked` acts on."""
-    for path, (_, part) in base.by_path.items():
-        if part.stacked == stacked:
-            if part.row is None:
-                yield 0, path
-            elif rows is None or part.row in rows:
-                yield (part.row if rows is None else rows.index(part.row)), path
+    for path, (place, row) in base.sites.items():
+        if place == stacked and row is None:
+            yield 0, path
+        elif place == stacked and row is not None and (rows is None or row in rows):
+            yield (row if rows is None else rows.index(row)), path

@@ -135,5 +135,5 @@ def taken(tuned: Tuned, variables: Mapping[str, Any], base: Base, what: Callable
 
 
 def _layer(variables: Variables, index: int, base: Base, path: str) -> dict[str, np.ndarray]:
-    stacked = base.by_path[path][1].row is not None
+    stacked = base.sites[path][1] is not None
     return {key: np.asarray(value[index] if stacked else value) for key, value in variables.items()}

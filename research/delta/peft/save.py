@@ -15,13 +15,11 @@ from ..leaves import apply_leaf
 from ..methods import LeafMethod, SiteMethod
 from ..trees import variables_by_place
 from .config import written
-from .files import write_adapter
+from .files import PREFIX, ROOT, write_adapter
 from .kinds import CODECS, Codec, codec_for
 from .modules import Base, base_of
 from .places import taken
 from .whole import write_whole
-
-PREFIX = "base_model.model."
 
 
 def save_peft(
@@ -58,15 +56,15 @@ def save_peft(
         groups = (known.entries[name] for name in known.entries if name.startswith("classifier."))
         changed |= {entry.ours for group in groups for entry in group}
     modules, whole = write_whole(sorted(changed), params, known)
-    if twice := sorted(set(modules) & set(keys["target_modules"])):
+    if twice := sorted(set(modules) & set(keys.get("target_modules", ()))):
         raise InputError(
             f"{twice[0]}: a delta and arrays trained in full in one module; PEFT has one of them"
         )
     keys |= {"modules_to_save": modules} if modules else {}
     text = written(codec.kind, task, base or str(pretrained.folder), keys)
-    return write_adapter(
-        Path(folder), text, {PREFIX + name: tensor for name, tensor in {**tensors, **whole}.items()}
-    )
+    prefix = PREFIX if "target_modules" in keys else ROOT  # a prompt's model is not wrapped inside
+    named = {prefix + name: tensor for name, tensor in whole.items()}
+    return write_adapter(Path(folder), text, {**tensors, **named})
 
 
 def _codec(tuned: Tuned) -> Codec:
