@@ -1,4 +1,4 @@
-"""Diff pruning: a sparse difference to the backbone, its zeros learned (Guo et al., 2021, arXiv 2012.07463)."""
+"""Diff pruning: a sparse difference to the backbone (Guo et al., 2021, arXiv 2012.07463)."""
 
 from __future__ import annotations
 

@@ -65,6 +65,7 @@ class SAID(LeafMethod):
         return (made * variables["factor"]).reshape(leaf.shape)
 
 
+@partial(jax.jit, static_argnums=2)
 @partial(jax.checkpoint, static_argnums=2)
 def fastfood(vector: jax.Array, seed: jax.Array, size: int) -> jax.Array:
     """A random linear map of `vector [d]` to `[size]` that keeps its length on average.

@@ -1,4 +1,4 @@
-"""Tuning of the last layers in full (Ding et al., 2023, Nature Machine Intelligence 5, "last-layer tuning")."""
+"""Tuning of the last layers in full ("last-layer tuning", Ding et al., 2023, Nat. Mach. Intell. 5)."""
 
 from __future__ import annotations
 
