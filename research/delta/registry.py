@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .adalora import AdaLoRA
 from .adapter import Adapter
 from .bitfit import BitFit
 from .diff_pruning import DiffPruning
@@ -26,6 +27,7 @@ METHODS: Mapping[str, type[Method]] = {
     for each in (
         LoRA,
         DoRA,
+        AdaLoRA,
         Adapter,
         BitFit,
         Full,

@@ -16,6 +16,7 @@ from modicum.models.transformer import Transformer, TransformerConfig
 from modicum.research.delta import (
     IA3,
     SAID,
+    AdaLoRA,
     Adapter,
     BitFit,
     DiffPruning,
@@ -68,6 +69,7 @@ CASES = [
     Case("lora-pissa", LoRA(2, initialisation="pissa"), "mlp/(up|down)", scales=False),
     Case("lora-olora", LoRA(2, initialisation="olora"), "mlp/(up|down)", scales=False),
     Case("dora", DoRA(2), unmerges=False, scales=False),
+    Case("adalora", AdaLoRA(2)),
     # B: adapters, IA3, prefix and prompts
     Case("adapter", Adapter(3), "mlp/down", merges=False, unmerges=False),
     Case("parallel adapter", ParallelAdapter(3, scale=2.0), "mlp", merges=False, unmerges=False),
@@ -75,7 +77,7 @@ CASES = [
     Case("ia3", IA3(), "attention/(key|value)"),
     Case("ia3 on input", IA3("input"), "mlp/down"),
     Case("prefix", Prefix(3), "attention", "elsewhere", merges=False, unmerges=False, scales=False),
-    Case("prefix by an mlp", Prefix(3, 4), "attention", "elsewhere", merges=False, unmerges=False, scales=False),
+    Case("prefix mlp", Prefix(3, 4), "attention", "elsewhere", merges=False, unmerges=False, scales=False),
     # C: methods on arrays
     Case("bitfit", BitFit(), ""),
     Case("layer norm", LayerNormTuning(), ""),
