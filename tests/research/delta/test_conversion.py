@@ -1,6 +1,7 @@
 """Other methods' deltas as plain LoRA: the same outputs where a form is exact, the nearest where none is."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
