@@ -152,17 +152,23 @@ class AttentionModule(nn.Module):
         return mask & Window(left=side, right=side, offset=offset)
 
     def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, bias: Bias | None
-    ) -> jax.Array:
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: Mask,
+        bias: Bias | None,
+        return_lse: bool = False,
+    ) -> Any:
         """Weighted values `[B, T, H, K]` of `query [B, T, H, K]`, `key` and `value` `[B, S, G, K]`.
 
         A cache may hand out keys and values in a form of its own, which is also taken for such an array.
+        With `return_lse` also the scores' log-sum-exp `[B, H, T]`: who intercepts can weigh in more keys.
         """
         choice = self.choice
-        scale, cap = choice.scale or None, choice.soft_cap or None
+        given: dict[str, Any] = {"mask": mask, "bias": bias, "return_lse": return_lse}
+        given |= {"scale": choice.scale or None, "soft_cap": choice.soft_cap or None}
         if isinstance(key, Joined) and isinstance(value, Joined):
-            return decode_attention(query, key, value, mask=mask, bias=bias, scale=scale, soft_cap=cap)
+            return decode_attention(query, key, value, **given)
         key, value = jnp.asarray(key), jnp.asarray(value)
-        return attention(
-            query, key, value, mask=mask, bias=bias, scale=scale, soft_cap=cap, impl=choice.implementation
-        )
+        return attention(query, key, value, **given, impl=choice.implementation)

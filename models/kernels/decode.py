@@ -50,8 +50,9 @@ def decode_attention(
     bias: Bias | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
-) -> Array:
-    """`attention` of q `[B, T, H, K]` on a cache's keys and values: `[B, T, H, K]`.
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """`attention` of q `[B, T, H, K]` on a cache's keys and values: `[B, T, H, K]` (and lse `[B, H, T]`).
 
     The same function of the same numbers, for few queries: all scores at once, no gradient rules of its own.
     """
@@ -61,9 +62,11 @@ def decode_attention(
     dtype = accumulation_dtype(q.dtype)
     raw = lax.dot_general(rows, k.array, (((2,), (2,)), ((0,), (0,))), preferred_element_type=dtype)
     raw = raw.reshape(batch, heads, queries, -1) * (width**-0.5 if scale is None else scale)
-    weights = softmax(masked_scores(raw, mask, bias, soft_cap))[0].reshape(*rows.shape[:2], -1)
+    weights, lse = softmax(masked_scores(raw, mask, bias, soft_cap))
+    weights = weights.reshape(*rows.shape[:2], -1)
     out = lax.dot_general(
         weights.astype(v.array.dtype), v.array, (((2,), (1,)), ((0,), (0,))), preferred_element_type=dtype
     )
     out = out.reshape(batch, k.groups, heads // k.groups, queries, -1).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, queries, heads, -1).astype(q.dtype)
+    out = out.reshape(batch, queries, heads, -1).astype(q.dtype)
+    return (out, lse) if return_lse else out

@@ -44,7 +44,7 @@ class ParallelAdapter(SiteMethod):
 
     def init(self, rng: jax.Array, site: Site, args: tuple, output: Any) -> Variables:
         """Two layers with biases; raises `InputError` where input and output are no rows of features."""
-        x, y = args[0] if args else None, first_of(output)
+        x, y = args[0], first_of(output)
         inputs = features_of(site, x, "a parallel adapter", "input")
         outputs = features_of(site, y, "a parallel adapter")
         if x.shape[:-1] != y.shape[:-1]:

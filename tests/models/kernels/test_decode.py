@@ -37,8 +37,11 @@ def test_it_is_the_reference(queries, heads, groups, bias, x64):
     segments = jnp.asarray([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]])
     mask = Causal(jnp.asarray(4)) & Segments(jnp.ones((2, queries), jnp.int32), segments)
     options = {"mask": mask, "bias": BIASES[bias](heads), "scale": 0.3, "soft_cap": 2.0}
-    out = decode_attention(q, Joined.of(k), Joined.of(v), **options)
-    np.testing.assert_allclose(out, attention(q, k, v, impl="reference", **options), rtol=0, atol=1e-14)
+    out, lse = decode_attention(q, Joined.of(k), Joined.of(v), return_lse=True, **options)
+    wanted, wanted_lse = attention(q, k, v, impl="reference", return_lse=True, **options)
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=0, atol=1e-14)
+    np.testing.assert_array_equal(decode_attention(q, Joined.of(k), Joined.of(v), **options), out)
 
 
 def test_a_joined_array_is_taken_for_the_array_it_was():
