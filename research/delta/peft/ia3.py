@@ -6,12 +6,13 @@ Factors of outputs split and join exactly over fused modules; factors of inputs 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .... import InputError
 from ..ia3 import IA3
+from ..methods import Method
 from .config import Config, named_in
 from .files import PREFIX, Tensors
 from .lora import check_shape, columns_of
@@ -24,9 +25,9 @@ FACTORS = "ia3_l"
 class IA3Codec:
     """`peft_type: IA3`."""
 
-    kind = "IA3"
-    methods: tuple[type, ...] = (IA3,)
-    suffixes = (FACTORS,)
+    kind: ClassVar[str] = "IA3"
+    methods: ClassVar[tuple[type[Method], ...]] = (IA3,)
+    suffixes: ClassVar[tuple[str, ...]] = (FACTORS,)
 
     def read(self, config: Config, found: Mapping[str, Tensors], base: Base) -> Deltas:
         """The deltas of our modules."""

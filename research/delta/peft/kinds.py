@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from .... import InputError
 from ..methods import Method
+from .adalora import AdaLoRACodec
 from .config import Config
 from .files import Tensors
 from .ia3 import IA3Codec
@@ -19,9 +20,9 @@ from .prefix import PrefixCodec
 class Codec(Protocol):
     """One `peft_type`: `suffixes` are the ends of its tensors' names, `methods` ours that it stores."""
 
-    kind: str
-    methods: tuple[type, ...]
-    suffixes: tuple[str, ...]
+    kind: ClassVar[str]
+    methods: ClassVar[tuple[type[Method], ...]]
+    suffixes: ClassVar[tuple[str, ...]]
 
     def read(self, config: Config, found: Mapping[str, Tensors], base: Base) -> Deltas:
         """Our deltas from their tensors by module."""
@@ -30,7 +31,7 @@ class Codec(Protocol):
         """Keys of the configuration and tensors by their names in the file."""
 
 
-CODECS: tuple[Codec, ...] = (LoRACodec(), IA3Codec(), PrefixCodec())
+CODECS: tuple[Codec, ...] = (LoRACodec(), IA3Codec(), PrefixCodec(), AdaLoRACodec())
 
 
 def codec_of(config: Config) -> Codec:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from .... import InputError
-
 from ..dora import DoRA
 from ..lora import LoRA
+from ..methods import Method
 from ..trees import node_at
 from .config import Config, by_pattern, most_common
 from .files import PREFIX, Tensors
@@ -45,9 +45,9 @@ class Product:
 class LoRACodec:
     """`peft_type: LORA`."""
 
-    kind = "LORA"
-    methods: tuple[type, ...] = (LoRA, DoRA)
-    suffixes = (A, B, MAGNITUDE)
+    kind: ClassVar[str] = "LORA"
+    methods: ClassVar[tuple[type[Method], ...]] = (LoRA, DoRA)
+    suffixes: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE)
 
     def read(self, config: Config, found: Mapping[str, Tensors], base: Base) -> Deltas:
         """The deltas of our modules; raises `InputError` for variants that PEFT has and we have not."""
@@ -207,7 +207,7 @@ def _checked(
     module: Module, tensors: Mapping[str, np.ndarray], rank: int, weighted: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """A `[in, r]`, B `[r, out]` and the magnitude; raises `InputError` for what is absent or misshapen."""
-    shapes = {A: (rank, module.inputs), B: (module.outputs, rank)}
+    shapes: dict[str, tuple[int, ...]] = {A: (rank, module.inputs), B: (module.outputs, rank)}
     shapes |= {MAGNITUDE: (module.outputs,)} if weighted else {}
     for suffix, shape in shapes.items():
         check_shape(module.name, suffix, tensors, shape)

@@ -117,7 +117,9 @@ def _matrix(entry: Entry) -> bool:
 
 
 def _module(name: str, group: list[Entry], model: Transformer, flat: Mapping[str, Any]) -> Module:
-    parts, shape, transposed = [], (0, 0), False
+    parts: list[Part] = []
+    shape: tuple[int, ...] = (0, 0)
+    transposed = False
     for entry in group:
         stacked, row = scanned_path(entry.ours, model.config) if model.config.scan else (entry.ours, None)
         if stacked not in flat:

@@ -7,12 +7,13 @@ PEFT gives the prefix as past keys, so tokens stand at n, n + 1, ...: here that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
 from .... import InputError
+from ..methods import Method
 from ..prefix import Prefix
 from ..shift_positions import ShiftPositions
 from .config import Config
@@ -26,9 +27,9 @@ PROMPT = "prompt_embeddings"
 class PrefixCodec:
     """`peft_type: PREFIX_TUNING`."""
 
-    kind = "PREFIX_TUNING"
-    methods: tuple[type, ...] = (Prefix, ShiftPositions)
-    suffixes = (PROMPT,)
+    kind: ClassVar[str] = "PREFIX_TUNING"
+    methods: ClassVar[tuple[type[Method], ...]] = (Prefix, ShiftPositions)
+    suffixes: ClassVar[tuple[str, ...]] = (PROMPT,)
 
     def read(self, config: Config, found: Mapping[str, Tensors], base: Base) -> Deltas:
         """A prefix for each layer, and the positions moved behind it."""

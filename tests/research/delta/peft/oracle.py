@@ -269,7 +269,7 @@ def _unnumbered(tree):
 
 def exchange(case, method, config, tmp_path, *, train=True, penalty=None, exact=True):
     """All of it for an adapter made in PEFT; returns what was loaded here."""
-    model = case.wrapped(config)
+    model = config if isinstance(config, torch.nn.Module) else case.wrapped(config)
     model.save_pretrained(tmp_path / "theirs")
     tuned, variables = load_peft(tmp_path / "theirs", case.pretrained)
     logits = found_logits(case, tuned)

@@ -4,7 +4,6 @@ import pytest
 
 from modicum.research.delta import DoRA, LoRA
 
-
 from .oracle import FAMILIES, exchange, made_here, peft
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
