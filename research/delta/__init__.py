@@ -26,18 +26,27 @@ from .low_rank_adapter import LowRankAdapter
 from .merging import lost_in_merge, safe_merge
 from .methods import LeafMethod, Method, Site, SiteMethod
 from .mixed_batches import apply_tasks, stack_tasks
+from .nnx import NNXModel, attach_nnx, nnx_model
+from .oft import OFT
 from .parallel_adapter import ParallelAdapter
 from .prefix import Prefix
+from .prompt_encoder import PromptEncoder
 from .random_subset import RandomSubset, SparseOffset
 from .registry import METHODS
+from .reparameterised import folded
 from .shift_positions import ShiftPositions
+from .soft_prompt import SoftPrompt
 from .storage import backbone_hash, load_delta, read_header, save_delta
 from .summary import Row, byte_count, parameter_count, summary
 from .switching import entry_names, only, scaled, without
+from .tree import tree
+from .tree_drawing import to_html, to_svg
+from .vera import VeRA
 
 __all__ = [
     "IA3",
     "METHODS",
+    "OFT",
     "SAID",
     "AdaLoRA",
     "Adapter",
@@ -55,28 +64,35 @@ __all__ = [
     "LoRA",
     "LowRankAdapter",
     "Method",
+    "NNXModel",
     "ParallelAdapter",
     "Prefix",
+    "PromptEncoder",
     "RandomSubset",
     "Row",
     "ShiftPositions",
     "Site",
     "SiteMethod",
+    "SoftPrompt",
     "SparseOffset",
     "Spec",
     "Tuned",
+    "VeRA",
     "apply_tasks",
     "attach",
     "attach_leaves",
+    "attach_nnx",
     "backbone_hash",
     "byte_count",
     "combine",
     "entry_names",
+    "folded",
     "ia3_spec",
     "join",
     "last_layers",
     "load_delta",
     "lost_in_merge",
+    "nnx_model",
     "only",
     "parameter_count",
     "project",
@@ -86,6 +102,9 @@ __all__ = [
     "scaled",
     "stack_tasks",
     "summary",
+    "to_html",
     "to_lora",
+    "to_svg",
+    "tree",
     "without",
 ]

@@ -32,6 +32,13 @@ class Matrix:
         moved = jnp.moveaxis(x, self.axes, tuple(range(-count, 0)))
         return moved.reshape(*moved.shape[:-count], self.inputs)
 
+    def restore(self, flat: jax.Array, shape: Shape) -> jax.Array:
+        """What `flatten` made `flat` of, an array of this shape."""
+        if self.axes == (-1,):
+            return flat
+        moved = flat.reshape(*flat.shape[:-1], *(shape[axis] for axis in self.axes))
+        return jnp.moveaxis(moved, tuple(range(-len(self.axes), 0)), self.axes)
+
 
 def matrix_of(site: Site, x: Any, y: Any, method: str) -> Matrix:
     """The matrix of the module at `site`, which takes `x` to `y`.
@@ -48,6 +55,25 @@ def matrix_of(site: Site, x: Any, y: Any, method: str) -> Matrix:
         f"{site.path or 'the root module'}: {method} needs a module that multiplies its input by a 'kernel', "
         f"as Dense and DenseGeneral do; {name} does not "
         f"(kernel {shapes[0]}, input {shapes[1]}, output {shapes[2]})"
+    )
+
+
+def contracted_matrix(site: Site, x: Any, inputs: int) -> Matrix:
+    """The matrix of `inputs` features that the module at `site` multiplies `x` by, its output not known yet.
+
+    For a site that `matrix_of` accepted before. Raises `InputError` where no axes of `x` fit.
+    """
+    kernel, axis = site.params["kernel"].shape, getattr(site.module, "axis", None)
+    for contracted in range(1, len(kernel)):
+        axes = _axes(axis, contracted, x.ndim)
+        if (
+            kernel[:contracted] == tuple(x.shape[a] for a in axes)
+            and math.prod(kernel[:contracted]) == inputs
+        ):
+            return Matrix(axes, inputs, math.prod(kernel[contracted:]))
+    raise InputError(
+        f"{site.path or 'the root module'}: the delta is for {inputs} inputs, but the kernel is {kernel} and "
+        f"the input {x.shape}"
     )
 
 

@@ -17,10 +17,14 @@ from .layer_norm import LayerNormTuning
 from .lora import LoRA
 from .low_rank_adapter import LowRankAdapter
 from .methods import Method
+from .oft import OFT
 from .parallel_adapter import ParallelAdapter
 from .prefix import Prefix
+from .prompt_encoder import PromptEncoder
 from .random_subset import RandomSubset, SparseOffset
 from .shift_positions import ShiftPositions
+from .soft_prompt import SoftPrompt
+from .vera import VeRA
 
 METHODS: Mapping[str, type[Method]] = {
     each.name: each
@@ -28,6 +32,8 @@ METHODS: Mapping[str, type[Method]] = {
         LoRA,
         DoRA,
         AdaLoRA,
+        VeRA,
+        OFT,
         Adapter,
         BitFit,
         Full,
@@ -42,5 +48,7 @@ METHODS: Mapping[str, type[Method]] = {
         Prefix,
         FlaxPrefix,
         ShiftPositions,
+        SoftPrompt,
+        PromptEncoder,
     )
 }

@@ -22,6 +22,7 @@ from ... import InputError
 
 Tree = Any
 Key = tuple[str, ...]
+Sites = Mapping[Key, Mapping[str, jax.Array]]
 SITE = re.compile(r"~adalora(_\d+)?")
 
 
@@ -97,8 +98,8 @@ def rank_allocation(
         if (rank := min(_rank(site) for site in sites.values())) < target:
             raise InputError(f"rank_allocation target={target} is above the rank {rank} of an AdaLoRA site")
         # Apart: a state whose arrays share memory cannot be donated.
-        zeros = [jax.tree.map(jnp.zeros_like, unflatten_dict(sites)) for _ in range(2)]
-        return RankAllocationState(jnp.zeros((), jnp.int32), *zeros, optimizer.init(params))
+        one, other = (jax.tree.map(jnp.zeros_like, unflatten_dict(dict(sites))) for _ in range(2))
+        return RankAllocationState(jnp.zeros((), jnp.int32), one, other, optimizer.init(params))
 
     def update(gradients: Tree, state: RankAllocationState, params: Tree = None, **extra: Any) -> Any:
         if params is None:
@@ -135,7 +136,7 @@ def _require(budget: Budget, smoothing: tuple[float, float]) -> None:
         raise InputError(f"rank_allocation smoothing={smoothing} must lie between 0 and 1")
 
 
-def _sites(tree: Tree) -> dict[Key, Mapping[str, jax.Array]]:
+def _sites(tree: Tree) -> Sites:
     """The variables of AdaLoRA's sites in a tree like the delta, by where they are."""
     found: dict[Key, dict[str, jax.Array]] = {}
     for keys, leaf in flatten_dict(dict(tree)).items():
@@ -170,9 +171,7 @@ def _averaged(
     return importance, uncertainty
 
 
-def _scores(
-    importance: Mapping[Key, Mapping[str, jax.Array]], uncertainty: Mapping[Key, Mapping[str, jax.Array]]
-) -> dict[Key, jax.Array]:
+def _scores(importance: Sites, uncertainty: Sites) -> dict[Key, jax.Array]:
     """A number for each triplet, `[..., rank]` by site."""
     found = {}
     for keys, site in importance.items():

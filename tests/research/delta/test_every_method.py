@@ -15,6 +15,7 @@ from modicum.models.precision import FP32, FP64, Precision
 from modicum.models.transformer import Transformer, TransformerConfig
 from modicum.research.delta import (
     IA3,
+    OFT,
     SAID,
     AdaLoRA,
     Adapter,
@@ -28,6 +29,7 @@ from modicum.research.delta import (
     ParallelAdapter,
     Prefix,
     RandomSubset,
+    VeRA,
     attach,
     load_delta,
     save_delta,
@@ -70,6 +72,9 @@ CASES = [
     Case("lora-olora", LoRA(2, initialisation="olora"), "mlp/(up|down)", scales=False),
     Case("dora", DoRA(2), unmerges=False, scales=False),
     Case("adalora", AdaLoRA(2)),
+    Case("vera", VeRA(4)),
+    Case("oft", OFT(4), scales=False),
+    Case("oft-neumann", OFT(4, neumann_terms=5), scales=False),
     # B: adapters, IA3, prefix and prompts
     Case("adapter", Adapter(3), "mlp/down", merges=False, unmerges=False),
     Case("parallel adapter", ParallelAdapter(3, scale=2.0), "mlp", merges=False, unmerges=False),
