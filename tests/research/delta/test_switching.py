@@ -1,5 +1,7 @@
 """Deltas enabled, disabled, scaled, swapped, and mixed in one batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,9 +117,10 @@ def test_a_factor_scales_the_effect_and_recompiles_nothing(case, tokens):
     np.testing.assert_array_equal(query(none), 0)
     assert np.abs(query(base)).max() > 0.01
     np.testing.assert_array_equal(down(twice), down(base))
-    outputs = tuned.apply(scaled(tuned, variables, {"lora": 0.5, "~lora_1": 3.0}), params, tokens)
-    merged = tuned.merge(params, scaled(tuned, variables, {"lora": 0.5, "~lora_1": 3.0}))
-    np.testing.assert_allclose(outputs, model.apply(merged, tokens), rtol=0, atol=1e-10)
+    both = scaled(tuned, variables, {"lora": 0.5, "~lora_1": 3.0})
+    outputs = jax.jit(tuned.apply)(both, params, tokens)
+    merged = jax.jit(model.apply)(tuned.merge(params, both), tokens)
+    np.testing.assert_allclose(outputs, merged, rtol=0, atol=1e-10)
     with pytest.raises(InputError, match="no delta is called 'ia3'"):
         scaled(tuned, variables, {"ia3": 2.0})
     with pytest.raises(InputError, match="Full cannot be scaled"):
@@ -154,12 +157,15 @@ def test_inputs_that_every_row_shares(case, tokens):
     _, params, tuned, tasks = case
     positions = jnp.arange(7)[None] * 2
 
-    def run(positions, **options):
-        return apply_tasks(tuned, stack_tasks(tasks), [0] * 6, params, tokens, positions=positions, **options)
+    stacked = stack_tasks(tasks)
 
-    wanted = tuned.apply(tasks[0], params, tokens, positions=jnp.broadcast_to(positions, (6, 7)))
+    @functools.partial(jax.jit, static_argnames="whole")
+    def run(positions, whole=()):
+        return apply_tasks(tuned, stacked, [0] * 6, params, tokens, positions=positions, whole=whole)
+
+    wanted = jax.jit(tuned.apply)(tasks[0], params, tokens, positions=jnp.broadcast_to(positions, (6, 7)))
     np.testing.assert_allclose(run(positions), wanted, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(run(positions, whole=["positions"]), wanted, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(run(positions, whole=("positions",)), wanted, rtol=0, atol=1e-12)
     np.testing.assert_allclose(run(jnp.repeat(positions, 6, 0)), wanted, rtol=0, atol=1e-12)
 
 
