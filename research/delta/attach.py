@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -34,6 +34,9 @@ from .trees import (
     variables_by_place,
     with_node,
 )
+
+if TYPE_CHECKING:
+    from .tree import ModelTree
 
 Spec = Mapping[str, Method | Sequence[Method]]
 
@@ -174,6 +177,12 @@ class Tuned:
     def hits(self, variables: Mapping[str, Any], params: Mapping[str, Any]) -> dict[tuple[str, Entry], Hit]:
         """Where a delta's variables act, and in which layers of a stack."""
         return {(path, entry): self._hit(entry, path, params) for (path, _), entry in self._places(variables)}
+
+    def tree(self, params: Mapping[str, Any], variables: Mapping[str, Any]) -> ModelTree:
+        """What is frozen, tuned and added, as a tree with repeated layers folded; `print` shows it."""
+        from .tree import tree
+
+        return tree(self, params, variables)
 
     @cached_property
     def _sites(self) -> dict[str, SiteMethod]:

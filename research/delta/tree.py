@@ -74,7 +74,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Tree:
+class ModelTree:
     """The whole tree; `str` is its text."""
 
     root: Node
@@ -119,7 +119,7 @@ class Tree:
         return self.text()
 
 
-def tree(tuned: Tuned, params: Mapping[str, Any], variables: Mapping[str, Any]) -> Tree:
+def tree(tuned: Tuned, params: Mapping[str, Any], variables: Mapping[str, Any]) -> ModelTree:
     """The tree of the backbone `params` and of what `variables` put onto it; arrays or their shapes."""
     leaves: dict[tuple[str, ...], Node] = {}
     hits = tuned.hits(variables, params)
@@ -131,7 +131,7 @@ def tree(tuned: Tuned, params: Mapping[str, Any], variables: Mapping[str, Any]) 
     for part, status in (("delta", "added"), ("delta_state", "fixed")):
         for keys, leaf in flatten_dict(dict(variables.get(part, {}))).items():
             leaves[keys] = _array(keys[-1], leaf, status)
-    return Tree(_built("", leaves, (), notes))
+    return ModelTree(_built("", leaves, (), notes))
 
 
 def byte_text(count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from .tree import Line, Node, Tree, cells
+from .tree import Line, ModelTree, Node, cells
 
 COLOURS = {"frozen": "#8a929c", "tuned": "#0a6aa6", "added": "#b3470e", "fixed": "#7a5ea8"}
 LINE, CHARACTER, SIZE = 18, 7.4, 12  # heights and widths in pixels; a monospaced character is 0.6 of its size
@@ -21,7 +21,7 @@ summary { cursor: pointer; }
 """.strip()
 
 
-def to_html(tree: Tree, title: str = "Tuned model") -> str:
+def to_html(tree: ModelTree, title: str = "Tuned model") -> str:
     """A page on which modules fold; those that are all frozen start folded."""
     legend = " · ".join(f'<span style="color: {colour}">■ {name}</span>' for name, colour in COLOURS.items())
     body = "\n".join(_element(child) for child in tree.root.children)
@@ -32,7 +32,7 @@ def to_html(tree: Tree, title: str = "Tuned model") -> str:
     )
 
 
-def to_svg(tree: Tree, brief: bool = True) -> str:
+def to_svg(tree: ModelTree, brief: bool = True) -> str:
     """A drawing of the text, with a square in the colour of each line's status."""
     lines = list(tree.lines(brief))
     rows = [cells(line) for line in lines]

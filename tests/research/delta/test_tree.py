@@ -88,6 +88,7 @@ def test_nothing_attached_is_all_frozen(case):
     tuned, params, _ = case(True)
     found = tree(tuned, params, {"delta": {}})
     assert {line.node.label for line in found.lines()} == {"frozen"}
+    assert tuned.tree(params, {"delta": {}}) == found
     assert "trained 0 (0 B), 0% of the backbone" in found.totals()
 
 
