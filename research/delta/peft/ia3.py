@@ -17,7 +17,7 @@ from .config import Config, named_in
 from .files import PREFIX, Tensors
 from .lora import check_shape, columns_of
 from .modules import Base, Module
-from .places import Delta, Deltas
+from .places import Delta, Deltas, same_for_all
 
 FACTORS = "ia3_l"
 
@@ -56,7 +56,7 @@ class IA3Codec:
             names.append(name)
             if "input" in sides:
                 feedforward.append(name)
-                tensors[f"{PREFIX}{name}.{FACTORS}"] = _inputs(module, own)[None]
+                tensors[f"{PREFIX}{name}.{FACTORS}"] = same_for_all(module, own, "scale", "the factor")[None]
             else:
                 tensors[f"{PREFIX}{name}.{FACTORS}"] = _outputs(module, own)[:, None]
         keys = {
@@ -75,13 +75,3 @@ def _outputs(module: Module, own: Mapping[str, Delta]) -> np.ndarray:
             real = part.columns >= 0
             scale[part.columns[real]] = own[part.path].variables["scale"][real]
     return scale
-
-
-def _inputs(module: Module, own: Mapping[str, Delta]) -> np.ndarray:
-    scales = [delta.variables["scale"] for delta in own.values()]
-    if len(own) < len(module.parts) or any((scale != scales[0]).any() for scale in scales):
-        raise InputError(
-            f"{module.name}: PEFT's IA3 factors of the inputs are one vector for all of "
-            f"{', '.join(part.path for part in module.parts)}; here they differ, which has no form there"
-        )
-    return scales[0]

@@ -13,8 +13,10 @@ from .files import Tensors
 from .ia3 import IA3Codec
 from .lora import LoRACodec
 from .modules import Base
+from .oft import OFTCodec
 from .places import Deltas
 from .prefix import PrefixCodec
+from .vera import VeRACodec
 
 
 class Codec(Protocol):
@@ -31,7 +33,7 @@ class Codec(Protocol):
         """Keys of the configuration and tensors by their names in the file."""
 
 
-CODECS: tuple[Codec, ...] = (LoRACodec(), IA3Codec(), PrefixCodec(), AdaLoRACodec())
+CODECS: tuple[Codec, ...] = (LoRACodec(), IA3Codec(), PrefixCodec(), AdaLoRACodec(), VeRACodec(), OFTCodec())
 
 
 def codec_of(config: Config) -> Codec:

@@ -18,7 +18,7 @@ from .... import InputError
 from ..attach import Tuned
 from ..methods import LeafMethod, Method, Variables
 from ..trees import from_places, places, variables_by_place
-from .modules import Base, unrolled
+from .modules import Base, Module, unrolled
 
 LAYER = re.compile(r"((?:.*/)?)layers_(\d+)/(.+)")
 
@@ -137,3 +137,14 @@ def taken(tuned: Tuned, variables: Mapping[str, Any], base: Base, what: Callable
 def _layer(variables: Variables, index: int, base: Base, path: str) -> dict[str, np.ndarray]:
     stacked = base.sites[path][1] is not None
     return {key: np.asarray(value[index] if stacked else value) for key, value in variables.items()}
+
+
+def same_for_all(module: Module, own: Mapping[str, Delta], key: str, what: str) -> np.ndarray:
+    """The one array that all parts of a module of theirs have; raises `InputError` where they differ."""
+    values = [delta.variables[key] for delta in own.values()]
+    if len(own) < len(module.parts) or any(not np.array_equal(each, values[0]) for each in values):
+        raise InputError(
+            f"{module.name}: {what} of its input is one for all of "
+            f"{', '.join(part.path for part in module.parts)} in PEFT; here they differ"
+        )
+    return values[0]

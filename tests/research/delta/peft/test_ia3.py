@@ -40,7 +40,7 @@ def test_made_here(bases, tmp_path, name):
 def test_factors_of_a_fused_matrix_have_one_input(bases, tmp_path):
     case = bases("gpt2")
     tuned, variables = case.made({"attention/(query|key|value)": IA3("input")})
-    with pytest.raises(InputError, match="c_attn: PEFT's IA3 factors of the inputs are one vector"):
+    with pytest.raises(InputError, match="c_attn: the factor of its input is one for all of"):
         save_peft(tmp_path, tuned, variables, case.pretrained)
 
 
