@@ -84,7 +84,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; `dev_rows` and `test_rows` 0 are all there are."""
+    """How much of everything; `dev_rows` and `test_rows` 0 are all there are, no `methods` are all."""
 
     steps: int = 1000
     batch: int = 32
@@ -95,6 +95,7 @@ class Size:
     few: tuple[int, ...] = (16, 64, 256)
     few_steps: int = 200
     few_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    methods: tuple[str, ...] = ()
 
     def training(self, few: bool) -> TrainingConfig:
         """The loop's configuration; the rate in it is not used."""
@@ -115,6 +116,7 @@ SIZES: Mapping[str, Size] = {
         few=(8,),
         few_steps=4,
         few_seeds=(0, 1),
+        methods=("full tuning", "LoRA", "linear probe"),
     ),
 }
 FEW_METHODS = ("full tuning", "LoRA", "BitFit", "linear probe")
@@ -179,7 +181,7 @@ class Study:
         results = []
         for name in tasks:
             rows = self.rows(name)
-            for method in methods or self.recipes:
+            for method in methods or self.size.methods or self.recipes:
                 work = Work(self, rows, method, few)
                 for examples in self.size.few if few else (0,):
                     results += work.run(examples)
@@ -188,7 +190,7 @@ class Study:
     def step_times(self, task: str, methods: Sequence[str] = (), rounds: int = 7) -> dict[str, float]:
         """Median milliseconds of a training step by method; the methods take turns, `rounds` times."""
         rows = self.rows(task)
-        works = {method: Work(self, rows, method) for method in methods or self.recipes}
+        works = {method: Work(self, rows, method) for method in methods or self.size.methods or self.recipes}
         trials = {method: work.trials.start(0, 1e-3) for method, work in works.items()}
         batch = Batches(rows.train, self.size.batch)[0]
         times: dict[str, list[float]] = {method: [] for method in works}
@@ -240,6 +242,7 @@ class Work:
         return [
             {
                 "task": rows.task.name,
+                "metric": rows.task.metric,
                 "method": self.method,
                 "examples": examples,
                 "seed": seed,

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..research.study.runs import write_atomically
 from ..research.study.tables import Cell, Measured, Table
-from .delta_tasks import TASKS, Task
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -24,9 +23,9 @@ def write_methods(folder: Path, results: Results, times: Mapping[str, float], pa
     parts = []
     for name in dict.fromkeys(result["task"] for result in results):
         mine = [result for result in results if result["task"] == name]
-        table = method_table(TASKS[name], mine, times)
+        table = method_table(mine, times)
         table.write(folder / "tables", name)
-        parts.append(f"## {name}\n\n{table.caption}\n\n{table.markdown()}\n{verdicts(TASKS[name], mine)}")
+        parts.append(f"## {name}\n\n{table.caption}\n\n{table.markdown()}\n{verdicts(mine)}")
     return _write("\n".join(parts), page)
 
 
@@ -34,15 +33,15 @@ def write_few(folder: Path, results: Results, page: Path | None) -> str:
     """The same for the cells on few examples: a row a method, a column a number of examples."""
     parts = []
     for name in dict.fromkeys(result["task"] for result in results):
-        table = few_table(TASKS[name], [result for result in results if result["task"] == name])
+        table = few_table([result for result in results if result["task"] == name])
         table.write(folder / "tables", f"{name}-few")
         parts.append(f"## {name}, few examples\n\n{table.caption}\n\n{table.markdown()}")
     return _write("\n".join(parts), page)
 
 
-def method_table(task: Task, results: Results, times: Mapping[str, float]) -> Table:
+def method_table(results: Results, times: Mapping[str, float]) -> Table:
     """A row a method: what it tunes, how good it is, what it costs. `times` are milliseconds a step."""
-    measure = f"test_{task.metric}"
+    metric = results[0]["metric"]
     rows = []
     for method, runs in by_method(results).items():
         first = runs[0]
@@ -50,14 +49,14 @@ def method_table(task: Task, results: Results, times: Mapping[str, float]) -> Ta
         cells: tuple[Cell, ...] = (
             method,
             round(100 * first["tuned_parameters"] / first["parameters"], 3),
-            Measured.of([100 * run[measure] for run in runs]),
+            Measured.of([100 * run[f"test_{metric}"] for run in runs]),
             rate,
             first["stored_bytes"],
             round(first["memory"] / 2**20, 1) if "memory" in first else None,
             round(times[method], 1) if method in times else None,
         )
         rows.append(cells)
-    unit = "Matthews' correlation × 100" if task.metric == "mcc" else "accuracy %"
+    unit = "Matthews' correlation × 100" if metric == "mcc" else "accuracy %"
     columns = ("method", "tuned %", f"test {unit}", "rate", "stored bytes", "step MiB", "step ms")
     seeds = max(len(runs) for runs in by_method(results).values())
     caption = (
@@ -67,17 +66,18 @@ def method_table(task: Task, results: Results, times: Mapping[str, float]) -> Ta
     return Table(columns, tuple(rows), caption)
 
 
-def few_table(task: Task, results: Results) -> Table:
+def few_table(results: Results) -> Table:
     """A row a method, a column a number of examples."""
+    metric = results[0]["metric"]
     counts = sorted({result["examples"] for result in results})
     rows: list[tuple[Cell, ...]] = []
     for method, runs in by_method(results).items():
         values = [
-            [100 * run[f"test_{task.metric}"] for run in runs if run["examples"] == count] for count in counts
+            [100 * run[f"test_{metric}"] for run in runs if run["examples"] == count] for count in counts
         ]
         rows.append((method, *(Measured.of(found) if found else None for found in values)))
     seeds = len({result["seed"] for result in results})
-    caption = f"Test {task.metric} × 100, mean ± s.d. of {seeds} seeds, which draw the examples, too."
+    caption = f"Test {metric} × 100, mean ± s.d. of {seeds} seeds, which draw the examples, too."
     return Table(("method", *(f"{count} examples" for count in counts)), tuple(rows), caption)
 
 
@@ -89,11 +89,11 @@ def by_method(results: Results) -> dict[str, list[Mapping[str, Any]]]:
     return groups
 
 
-def verdicts(task: Task, results: Results) -> str:
+def verdicts(results: Results) -> str:
     """Sentences on the two claims, with their figures, as a Markdown list."""
+    metric = results[0]["metric"]
     values = {
-        method: [100 * run[f"test_{task.metric}"] for run in runs]
-        for method, runs in by_method(results).items()
+        method: [100 * run[f"test_{metric}"] for run in runs] for method, runs in by_method(results).items()
     }
     share = {
         method: runs[0]["tuned_parameters"] / runs[0]["parameters"]
