@@ -9,6 +9,7 @@ from .adalora import AdaLoRA
 from .adapter import Adapter
 from .addresses import Address
 from .attach import BoundModel, Entry, Spec, Tuned, attach, attach_leaves
+from .axes import delta_axes
 from .bitfit import BitFit
 from .combination import combine
 from .conversion import Converted, to_lora
@@ -85,6 +86,7 @@ __all__ = [
     "backbone_hash",
     "byte_count",
     "combine",
+    "delta_axes",
     "entry_names",
     "folded",
     "ia3_spec",

@@ -20,7 +20,7 @@ from .low_rank import (
     through,
 )
 from .matrices import matrix_of
-from .methods import Site, SiteMethod, Variables, first_input
+from .methods import Axes, Site, SiteMethod, Variables, first_input
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class AdaLoRA(SiteMethod):
 
     name: ClassVar[str] = "adalora"
     positions: ClassVar[tuple[str, ...]] = ("attention/(query|key|value|output)", "mlp/(up|gate|down)")
+    axes: ClassVar[Axes] = {"a": ("in", None), "b": (None, "out")}
 
     def __post_init__(self) -> None:
         require_rank("AdaLoRA", self.rank)

@@ -18,7 +18,7 @@ from .bottleneck import (
     two_layers,
     with_first,
 )
-from .methods import Site, SiteMethod, Variables
+from .methods import Axes, Site, SiteMethod, Variables
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Adapter(SiteMethod):
 
     name: ClassVar[str] = "adapter"
     positions: ClassVar[tuple[str, ...]] = ("attention/output", "mlp/down")
+    axes: ClassVar[Axes] = {"down_kernel": ("out", None), "up_kernel": (None, "out"), "up_bias": ("out",)}
 
     def __post_init__(self) -> None:
         require_positive("adapter", width=self.width)

@@ -42,6 +42,7 @@ class DiffPruning(LeafMethod):
 
     name: ClassVar[str] = "diff_pruning"
     positions: ClassVar[tuple[str, ...]] = ("",)
+    alike: ClassVar[tuple[str, ...]] = ("offset", "log_alpha")
 
     def __post_init__(self) -> None:
         if self.sparsity < 0:

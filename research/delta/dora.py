@@ -21,7 +21,7 @@ from .low_rank import (
     wide,
 )
 from .matrices import matrix_of
-from .methods import Site, SiteMethod, Variables, first_input
+from .methods import Axes, Site, SiteMethod, Variables, first_input
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class DoRA(SiteMethod):
 
     name: ClassVar[str] = "dora"
     positions: ClassVar[tuple[str, ...]] = ("attention/(query|value)",)
+    axes: ClassVar[Axes] = {"a": ("in", None), "b": (None, "out"), "magnitude": ("out",)}
 
     def __post_init__(self) -> None:
         require_rank("DoRA", self.rank)

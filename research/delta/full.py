@@ -22,6 +22,7 @@ class Full(LeafMethod):
     name: ClassVar[str] = "full"
     positions: ClassVar[tuple[str, ...]] = ("",)
     replaces: ClassVar[bool] = True
+    alike: ClassVar[tuple[str, ...]] = ("value",)
 
     def init(self, rng: jax.Array, leaf: jax.Array) -> Variables:
         """The array's values, in memory of their own: an optimizer step may donate them."""

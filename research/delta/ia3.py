@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ... import InputError
 from .bottleneck import features_of, first_of, with_first
 from .matrices import matrix_of
-from .methods import Method, Site, SiteMethod, Variables, first_input
+from .methods import Axes, Method, Site, SiteMethod, Variables, first_input
 
 SIDES = ("output", "input")
 
@@ -34,6 +34,11 @@ class IA3(SiteMethod):
     name: ClassVar[str] = "ia3"
     positions: ClassVar[tuple[str, ...]] = ("attention/(key|value)",)
     neutral: ClassVar[float] = 1.0
+
+    @property
+    def axes(self) -> Axes:
+        """Factors lie as what they scale."""
+        return {"scale": ("out" if self.on == "output" else "in",)}
 
     def __post_init__(self) -> None:
         if self.on not in SIDES:

@@ -24,7 +24,7 @@ from .low_rank import (
     wide,
 )
 from .matrices import matrix_of
-from .methods import Site, SiteMethod, Variables, first_input
+from .methods import Axes, Site, SiteMethod, Variables, first_input
 
 DRAWN = ("uniform", "gaussian")
 FROM_KERNEL = ("pissa", "olora")
@@ -57,6 +57,12 @@ class LoRA(SiteMethod):
 
     name: ClassVar[str] = "lora"
     positions: ClassVar[tuple[str, ...]] = ("attention/(query|value)",)
+    axes: ClassVar[Axes] = {
+        "a": ("in", None),
+        "b": (None, "out"),
+        "start_a": ("in", None),
+        "start_b": (None, "out"),
+    }
 
     def __post_init__(self) -> None:
         require_rank("LoRA", self.rank)

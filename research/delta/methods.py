@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ import jax
 from ... import InputError
 
 Variables = Mapping[str, Any]
+Axes = Mapping[str, tuple[Literal["in", "out"] | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class SiteMethod(ABC):
     positions: ClassVar[tuple[str, ...]]
     at: ClassVar[str] = "__call__"
     neutral: ClassVar[float] = 0.0
+
+    @property
+    def axes(self) -> Axes:
+        """How variables lie on a mesh: their axes as "in" or "out" of the site's kernel, None for neither."""
+        return {}
 
     @property
     def random(self) -> bool:
@@ -104,12 +110,14 @@ class SiteMethod(ABC):
 class LeafMethod(ABC):
     """A delta on an array of the parameter tree: a re-parameterisation, so always mergeable.
 
-    `replaces` says that nothing of the backbone's array remains.
+    `replaces` says that nothing of the backbone's array remains. Variables `alike` are shaped as the array
+    and lie on a mesh as it does.
     """
 
     name: ClassVar[str]
     positions: ClassVar[tuple[str, ...]]
     replaces: ClassVar[bool] = False
+    alike: ClassVar[tuple[str, ...]] = ()
 
     @property
     def random(self) -> bool:

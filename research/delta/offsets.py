@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ class Offset(LeafMethod):
     Training the offset or the array itself has the same gradients; the offset starts the model exactly
     where it was, decays towards the backbone and adds to other deltas.
     """
+
+    alike: ClassVar[tuple[str, ...]] = ("offset",)
 
     def init(self, rng: jax.Array, leaf: jax.Array) -> Variables:
         """Zeros, in single precision at least: small steps vanish in a bfloat16 sum."""

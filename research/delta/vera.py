@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .low_rank import dropout_seed, dropped, product, require_dropout, require_rank
 from .matrices import matrix_of
-from .methods import Site, SiteMethod, Variables, first_input
+from .methods import Axes, Site, SiteMethod, Variables, first_input
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class VeRA(SiteMethod):
 
     name: ClassVar[str] = "vera"
     positions: ClassVar[tuple[str, ...]] = ("attention/(query|value)",)
+    axes: ClassVar[Axes] = {"a": ("in", None), "b": (None, "out"), "lambda_b": ("out",)}
 
     def __post_init__(self) -> None:
         require_rank("VeRA", self.rank)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...models.axes import AxisTable
+from ...parallel.rules import AxisTable
 from .evaluation import SumsOf
 from .objectives import Loss
 

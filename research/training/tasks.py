@@ -21,6 +21,7 @@ from ...models.transformer import Transformer
 from ...parallel.layout import Layout
 from ..data.batches import Batches, Rows, evaluation_batches
 from ..delta.attach import Tuned
+from ..delta.axes import delta_axes
 from .config import TrainingConfig
 from .evaluation import SumsOf, evaluate, make_evaluation
 from .job import Evaluation, Job
@@ -114,6 +115,7 @@ def tuning_job(
         init=lambda rng, initial: tuned.init(rng, initial["params"], tokens, **inputs)["delta"],
         initial=None,
         frozen={"params": params, "delta_state": state},
+        axes=delta_axes(tuned, model.axes),
     )
 
 
