@@ -70,8 +70,8 @@ class Tuned:
         leaves = _leaf_paths(params)
         calls = {}
         if self._sites:
-            model, at = as_linen(self.model), {method.at for method in self._sites.values()}
-            calls = find_calls(model, params, args, kwargs, at)
+            at = {method.at for method in self._sites.values()}
+            calls = find_calls(self.model, params, args, kwargs, at)
         modules = sorted({path for by_path in calls.values() for path in by_path})
         self._check_exclude([*modules, *leaves], params)
         for entry in self.entries:

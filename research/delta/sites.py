@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from ... import InputError
-from ...models.model import LinenModel
+from ...models.model import as_linen
 from .addresses import Hit, above_path, stack
 from .methods import Site, SiteMethod, Variables
 from .trees import Place, node_at, own_params
@@ -46,13 +46,36 @@ class Call:
     stack: str | None
 
 
+@runtime_checkable
+class SiteModel(Protocol):
+    """A model that is no Linen module and finds and adapts calls in its own way, as NNX models do."""
+
+    def find_calls(
+        self, params: Variables, args: tuple, kwargs: dict, at: set[str]
+    ) -> dict[str, dict[str, Call]]:
+        """What `find_calls` of this module returns."""
+
+    def apply_sites(
+        self,
+        params: Mapping[str, Any],
+        methods: Mapping[str, SiteMethod],
+        expected: Iterable[Place],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What `apply_sites` of this module returns."""
+
+
 def find_calls(
-    model: LinenModel, params: Variables, args: tuple, kwargs: dict, at: set[str]
+    model: Any, params: Variables, args: tuple, kwargs: dict, at: set[str]
 ) -> dict[str, dict[str, Call]]:
     """The calls that `model.apply(params, *args, **kwargs)` makes, by method (those in `at`) and module path.
 
-    Only shapes are computed.
+    Only shapes are computed. Raises `InputError` for a model whose calls nothing can intercept.
     """
+    if isinstance(model, SiteModel):
+        return model.find_calls(params, args, kwargs, at)
+    linen = as_linen(model)
     leads: dict[str, tuple[int, ...]] = {}
     calls: dict[str, dict[str, Call]] = {name: {} for name in at}
 
@@ -61,11 +84,21 @@ def find_calls(
         leads.setdefault(path, _lead(module, params, leads))
         output = call(*call_args, **call_kwargs)
         if name in at and path not in calls[name]:
-            inputs, made = _shapes((call_args or tuple(call_kwargs.values()), output))
+            inputs, made = shapes_of((call_args or tuple(call_kwargs.values()), output))
             stack_path = next((each for each in above_path(path) if leads.get(each)), None)
             calls[name][path] = Call(module, inputs, made, leads[path], stack_path)
         return output
 
+    def run(params: Variables, *args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(_once_per_call(record, {"__call__", *at})):
+            return linen.apply(params, *args, **kwargs)
+
+    over_shapes(run, params, args, kwargs)
+    return calls
+
+
+def over_shapes(call: Callable[..., Any], params: Variables, args: tuple, kwargs: dict) -> None:
+    """`call(params, *args, **kwargs)` on shapes alone, for what it does beside computing."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
 
@@ -73,11 +106,9 @@ def find_calls(
         # Flags and names stay what they are: a tracer in their place would break the model's own `if`s.
         filled = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
         run_args, run_kwargs = jax.tree.unflatten(structure, filled)
-        with nn.intercept_methods(_once_per_call(record, {"__call__", *at})):
-            return model.apply(params, *run_args, **run_kwargs)
+        return call(params, *run_args, **run_kwargs)
 
     jax.eval_shape(run, params, arrays)
-    return calls
 
 
 def init_site(
@@ -126,6 +157,8 @@ def apply_sites(
 
     Raises `InputError` if one of the `expected` places is never called: its delta would be ignored.
     """
+    if isinstance(model, SiteModel):
+        return model.apply_sites(params, methods, expected, args, kwargs)
     calls: Counter[Place] = Counter()
     rng: Any = kwargs.get("rng")
     train = bool(kwargs.get("train", False))
@@ -190,7 +223,7 @@ def _once_per_call(act: Callable, at: set[str]) -> Callable:
     return intercept
 
 
-def _shapes(tree: Any) -> Any:
+def shapes_of(tree: Any) -> Any:
     """Arrays as shapes and dtypes, so that no tracer outlives its trace."""
 
     def shape(leaf: Any) -> Any:
@@ -207,20 +240,24 @@ def _lead(module: nn.Module, params: Variables, leads: Mapping[str, tuple[int, .
     """
     assert module.scope is not None
     opened = module.scope.root
-    path = "/".join(opened.path)
-    inner, whole = (
-        flatten_dict(dict(tree))
-        for tree in (opened.variables().get("params", {}), node_at(params, path) or {})
-    )
+    return leading_axes("/".join(opened.path), opened.variables().get("params", {}), params, leads)
+
+
+def leading_axes(
+    path: str, seen: Mapping[str, Any], params: Variables, leads: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...]:
+    """The axes that `params` has in front of what was `seen` of them at `path`, or nearest above it.
+
+    Raises `InputError` where layers are stacked along another axis than the first.
+    """
+    inner, whole = flatten_dict(dict(seen)), flatten_dict(dict(node_at(params, path) or {}))
     shared = [keys for keys in inner if keys in whole]
     if not shared:
         return next((leads[each] for each in reversed(above_path(path)) if each in leads), ())
-    seen, full = inner[shared[0]].shape, whole[shared[0]].shape
-    count = len(full) - len(seen)
-    if full[count:] != seen:
-        raise InputError(
-            f"{path}: layers are stacked as {full} from {seen}; only a leading axis is supported"
-        )
+    one, full = inner[shared[0]].shape, whole[shared[0]].shape
+    count = len(full) - len(one)
+    if full[count:] != one:
+        raise InputError(f"{path}: layers are stacked as {full} from {one}; only a leading axis is supported")
     return full[:count]
 
 

@@ -334,10 +334,10 @@ def test_a_projected_delta_is_small_trains_and_comes_back(tmp_path):
 
 def test_projections_that_make_no_sense_are_errors():
     tuned, variables = made(DiffPruning())
-    with pytest.raises(InputError, match="fraction=0.0 must be above 0"):
+    with pytest.raises(InputError, match=r"fraction=0\.0 must be above 0"):
         project(tuned, variables, 0.0)
     bad = jax.tree.map(lambda leaf: leaf * jnp.nan, variables)
-    with pytest.raises(InputError, match="the difference at .* is not finite"):
+    with pytest.raises(InputError, match=r"the difference at .* is not finite"):
         project(tuned, bad, 0.5)
     other, own = made(BitFit())
     with pytest.raises(InputError, match="no entry of this tuned model is diff pruning"):
