@@ -111,17 +111,12 @@ def _joined(
     """
     given = [delta.variables for delta in own.values()]
     first = given[0]
-    once = len(own) == len(module.parts) and all(
-        each["a"].shape == first["a"].shape
-        and (each["a"] == first["a"]).all()
-        and (each["e"] == first["e"]).all()
-        for each in given
-    )
+    alike = (np.array_equal(each[key], first[key]) for each in given for key in ("a", "e"))
+    once = len(own) == len(module.parts) and all(alike)
     once = once and len({_scale(delta) for delta in own.values()}) == 1
     a = first["a"] if once else np.concatenate([each["a"] for each in given], 1)
-    values = [
-        each["e"] * _factor(_scale(delta) / scale, each["e"]) for each, delta in zip(given, own.values())
-    ]
+    factors = [np.asarray(_scale(delta) / scale, a.dtype) for delta in own.values()]
+    values = [each["e"] * factor for each, factor in zip(given, factors)]
     e = values[0] if once else np.concatenate(values)
     b, begin = np.zeros((module.outputs, len(e)), a.dtype), 0
     for part in module.parts:
@@ -135,7 +130,3 @@ def _joined(
 def _scale(delta: Delta) -> float:
     assert isinstance(delta.method, AdaLoRA)
     return delta.method.scale
-
-
-def _factor(ratio: float, like: np.ndarray) -> np.ndarray:
-    return np.asarray(ratio, like.dtype)

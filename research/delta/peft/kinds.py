@@ -16,6 +16,7 @@ from .modules import Base
 from .oft import OFTCodec
 from .places import Deltas
 from .prefix import PrefixCodec
+from .prompt import EncodedPromptCodec, PromptCodec
 from .vera import VeRACodec
 
 
@@ -33,7 +34,16 @@ class Codec(Protocol):
         """Keys of the configuration and tensors by their names in the file."""
 
 
-CODECS: tuple[Codec, ...] = (LoRACodec(), IA3Codec(), PrefixCodec(), AdaLoRACodec(), VeRACodec(), OFTCodec())
+CODECS: tuple[Codec, ...] = (
+    LoRACodec(),
+    IA3Codec(),
+    PrefixCodec(),
+    PromptCodec(),
+    EncodedPromptCodec(),
+    AdaLoRACodec(),
+    VeRACodec(),
+    OFTCodec(),
+)
 
 
 def codec_of(config: Config) -> Codec:

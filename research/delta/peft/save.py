@@ -51,7 +51,8 @@ def save_peft(
         )
     keys, tensors = codec.write(deltas, known)
     changed, params = _whole(tuned, variables, known)
-    task = _task(known, changed)
+    wrapped = "target_modules" in keys  # in PEFT; a prompt's model is not
+    task = _task(known, changed, wrapped)
     if task == "SEQ_CLS":  # PEFT then always wants all of what it calls the classifier
         groups = (known.entries[name] for name in known.entries if name.startswith("classifier."))
         changed |= {entry.ours for group in groups for entry in group}
@@ -62,7 +63,7 @@ def save_peft(
         )
     keys |= {"modules_to_save": modules} if modules else {}
     text = written(codec.kind, task, base or str(pretrained.folder), keys)
-    prefix = PREFIX if "target_modules" in keys else ROOT  # a prompt's model is not wrapped inside
+    prefix = PREFIX if wrapped else ROOT
     named = {prefix + name: tensor for name, tensor in whole.items()}
     return write_adapter(Path(folder), text, {**tensors, **named})
 
@@ -95,11 +96,14 @@ def _whole(tuned: Tuned, variables: Mapping[str, Any], base: Base) -> tuple[set[
     return paths, params
 
 
-def _task(base: Base, changed: set[str]) -> str | None:
-    """What PEFT wraps the model as: it decides which arguments are passed on, and adds the classifier."""
+def _task(base: Base, changed: set[str], wrapped: bool) -> str | None:
+    """What PEFT takes the model for: it decides where prompts go, and a classifier is saved with them."""
     head, kind = base.model.head, base.model.config.kind
     if isinstance(head, ClassifierHead):
-        return "SEQ_CLS" if any(path.startswith("classifier/") for path in changed) else None
+        trained = any(path.startswith("classifier/") for path in changed)
+        return "SEQ_CLS" if trained or not wrapped else None
     if isinstance(head, LanguageModelHead):
         return "SEQ_2_SEQ_LM" if kind == "encoder-decoder" else "CAUSAL_LM"
+    if head is not None and not wrapped:
+        raise InputError(f"PEFT has no prompts for {base.architecture}")
     return "FEATURE_EXTRACTION" if head is None else None

@@ -1,7 +1,7 @@
-"""VeRA as PEFT stores it: `vera_lambda_d` `[r]` and `vera_lambda_b` `[out]` of each module, and one A and B.
+"""VeRA as PEFT stores it: `vera_lambda_d` `[r]` and `vera_lambda_b` `[out]` of each module, one A and B.
 
-`vera_A` `[r, largest in]` and `vera_B` `[largest out, r]` are cut to each module's size. Matrices of ours that
-are no cuts of one are stored side by side, with zeros in `vera_lambda_d` for those a module has not.
+`vera_A` `[r, largest in]` and `vera_B` `[largest out, r]` are cut to each module's size. Matrices of
+ours that are no cuts of one are stored side by side, with zeros in `vera_lambda_d` for what a module has not.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class VeRACodec:
         shared = found.get("", {})
         if A not in shared or B not in shared:
             raise InputError(
-                f"{config.path.parent}: no {A} and {B}: they were drawn with PyTorch's generator and not stored; "
+                f"{config.path.parent}: no {A} and {B}, which PyTorch's generator drew and nobody stored; "
                 f"in PEFT, set save_projection=True and save it again"
             )
         deltas = Deltas()
@@ -54,8 +54,8 @@ class VeRACodec:
             a, b = shared[A][:, : module.inputs], shared[B][: module.outputs]
             if a.shape != (rank, module.inputs) or b.shape != (module.outputs, rank):
                 raise InputError(
-                    f"{name}: {A} {list(shared[A].shape)} and {B} {list(shared[B].shape)} are too small for its "
-                    f"{module.inputs}x{module.outputs} matrix and r={rank}"
+                    f"{name}: {A} {list(shared[A].shape)} and {B} {list(shared[B].shape)} are too small for "
+                    f"its {module.inputs}x{module.outputs} matrix and r={rank}"
                 )
             for part in module.parts:
                 values = {"a": a.T, "b": columns_of(b.T, part), "lambda_d": tensors[D]}
@@ -81,11 +81,9 @@ class VeRACodec:
             f"{ROOT}{B}": np.concatenate([pair.b for pair in pairs], 1),
         }
         for name, own in used.items():
-            d = [
-                chosen[name].get(index, np.zeros(len(pair.a), pair.a.dtype))
-                for index, pair in enumerate(pairs)
-            ]
-            tensors[f"{PREFIX}{name}.{D}"] = np.concatenate(d)
+            none = [np.zeros(len(pair.a), pair.a.dtype) for pair in pairs]
+            inner = [chosen[name].get(index, zeros) for index, zeros in enumerate(none)]
+            tensors[f"{PREFIX}{name}.{D}"] = np.concatenate(inner)
             tensors[f"{PREFIX}{name}.{LAMBDA_B}"] = _outer(base.modules[name], own)
         keys = {
             "r": sum(len(pair.a) for pair in pairs),

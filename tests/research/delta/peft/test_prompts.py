@@ -3,7 +3,7 @@
 import pytest
 
 from modicum import InputError
-from modicum.research.delta import Prefix, ShiftPositions
+from modicum.research.delta import Prefix, PromptEncoder, ShiftPositions, SoftPrompt
 from modicum.research.delta.peft import save_peft
 
 from .oracle import FAMILIES, exchange, made_here, peft
@@ -45,3 +45,33 @@ def test_a_prefix_that_peft_cannot_have(bases, tmp_path, spec):
     tuned, variables = case.made(specs[spec])
     with pytest.raises(InputError, match="PEFT's prefix is as long in every layer"):
         save_peft(tmp_path, tuned, variables, case.pretrained)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompt(bases, tmp_path, name):
+    """An encoder-decoder's file has rows that PEFT does not use; they are not written again."""
+    config = peft.PromptTuningConfig(num_virtual_tokens=5, task_type=FAMILIES[name].task)
+    exchange(bases(name), "prompt", config, tmp_path, exact=name != "t5")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_prompt_of_an_encoder(bases, tmp_path, name):
+    config = peft.PromptEncoderConfig(
+        num_virtual_tokens=5, encoder_hidden_size=7, task_type=FAMILIES[name].task
+    )
+    exchange(bases(name), "P-tuning", config, tmp_path, train=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompt_made_here(bases, tmp_path, name):
+    """PEFT wants the classifier of a classifier too, whether it was trained or not."""
+    case = bases(name)
+    tuned, variables = case.made({"": SoftPrompt(4)})
+    config = made_here(case, "prompt, made here", tuned, variables, tmp_path, again=name != "bert")
+    assert config.get("modules_to_save") == (["classifier"] if name == "bert" else None)
+
+
+def test_encoded_prompt_made_here(bases, tmp_path):
+    case = bases("llama")
+    tuned, variables = case.made({"": PromptEncoder(4)})
+    made_here(case, "P-tuning, made here", tuned, variables, tmp_path, again=False)
