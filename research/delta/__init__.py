@@ -12,6 +12,7 @@ from .attach import BoundModel, Entry, Spec, Tuned, attach, attach_leaves
 from .axes import delta_axes
 from .bitfit import BitFit
 from .combination import combine
+from .compacter import Compacter
 from .conversion import Converted, to_lora
 from .diff_pruning import DiffPruning, project
 from .dora import DoRA
@@ -54,6 +55,7 @@ __all__ = [
     "Address",
     "BitFit",
     "BoundModel",
+    "Compacter",
     "Converted",
     "DiffPruning",
     "DoRA",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from .adalora import AdaLoRA
 from .adapter import Adapter
 from .bitfit import BitFit
+from .compacter import Compacter
 from .diff_pruning import DiffPruning
 from .dora import DoRA
 from .flax_prefix import FlaxPrefix
@@ -50,5 +51,6 @@ METHODS: Mapping[str, type[Method]] = {
         ShiftPositions,
         SoftPrompt,
         PromptEncoder,
+        Compacter,
     )
 }

@@ -50,11 +50,11 @@ class ShiftPositions(SiteMethod):
         side = "decoder_" if "decoder_tokens" in kwargs else ""
         tokens = kwargs[f"{side}tokens"] if side or not args else args[0]
         given, cache = kwargs.get(f"{side}positions"), kwargs.get("cache")
-        if given is None and cache is None:
-            given = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
-        elif given is None:
+        if given is None and cache is not None:
             segments = kwargs.get(f"{side}segments")
             given = cache.next_positions(jnp.ones_like(tokens) if segments is None else segments)
+        elif given is None:
+            given = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         if not hasattr(given, "shape"):
             raise InputError("ShiftPositions adds to positions [B, T]; this model's are of another kind")
         site.module.config.positions.require(tokens.shape[-1] + self.by)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from modicum import InputError
-from modicum.research.delta import Adapter, LowRankAdapter, ParallelAdapter, attach
+from modicum.research.delta import Adapter, Compacter, LowRankAdapter, ParallelAdapter, attach
 
 X = np.random.default_rng(1).normal(size=(2, 5, 8)).astype(np.float32)
 
@@ -68,14 +68,45 @@ def test_the_low_rank_adapter_multiplies_matrices_and_not_elements():
     np.testing.assert_allclose(tuned.apply(variables, params, X), wanted, atol=2e-6)
 
 
-@pytest.mark.parametrize("method", [Adapter(3), ParallelAdapter(3), LowRankAdapter(4)], ids=str)
+METHODS = [Adapter(3), ParallelAdapter(3), LowRankAdapter(4), Compacter(3, 2)]
+
+
+def matrix(rule, left, right):
+    """A compacter's matrix as the paper writes it."""
+    return sum(np.kron(rule[i], left[i] @ right[i]) for i in range(len(rule)))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own rules", "shared rule"])
+def test_the_compacter_sums_kronecker_products(shared):
+    method = Compacter(3, n=2, rank=2, activation="relu", shared_rule=shared)
+    tuned, variables, params = tuned_layer({"dense": method})
+    v, y = variables["delta"]["dense"]["~compacter"], dense(params)
+    rules = [v["rule"]] * 2 if shared else [v["down_rule"], v["up_rule"]]
+    down, up = (matrix(rule, v[f"{way}_left"], v[f"{way}_right"]) for rule, way in zip(rules, ("down", "up")))
+    assert down.shape == (12, 4) and up.shape == (4, 12)
+    wanted = np.tanh(y + np.maximum(y @ down + v["down_bias"], 0) @ up + v["up_bias"])
+    np.testing.assert_allclose(tuned.apply(variables, params, X), wanted, atol=2e-6)
+
+
+def test_a_compacters_fixed_rule_is_one_for_all_sites_and_seeds():
+    spec = {"dense": Compacter(3, 2, learn_rule=False), "pair": Compacter(6, 2, learn_rule=False)}
+    model = Layer()
+    params = model.init(jax.random.key(0), X)["params"]
+    states = [attach(model, spec).init(jax.random.key(seed), params, X)["delta_state"] for seed in (1, 2)]
+    rules = [
+        s[p][n]["down_rule"] for s in states for p, n in (("dense", "~compacter"), ("pair", "~compacter_1"))
+    ]
+    assert all((rule == rules[0]).all() for rule in rules) and len(rules) == 4
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_of_two_outputs_the_first_is_adapted(method):
     tuned, variables, params = tuned_layer({"pair": method})
     base = tuned.model.apply(params, X)
     assert jnp.abs(tuned.apply(variables, params, X) - base).max() > 0.01
 
 
-@pytest.mark.parametrize("method", [Adapter(3), ParallelAdapter(3), LowRankAdapter(4)], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_scaled_is_linear_in_what_is_added(method):
     tuned, variables, params = tuned_layer({"pair": method})
     own = variables["delta"]["pair"][f"~{method.name}"]
@@ -96,9 +127,11 @@ def test_scaled_is_linear_in_what_is_added(method):
         (lambda: ParallelAdapter(activation="gelu_new"), "activation='gelu_new' is not one of gelu, relu"),
         (lambda: LowRankAdapter(rank=0), "low-rank adapter rank=0 must be at least 1"),
         (lambda: tuned_layer({"dense": LowRankAdapter(6, rank=3)}), "has 2 units for 12 features, fewer"),
+        (lambda: tuned_layer({"dense": Compacter(3, n=8)}), "n=8 must divide its 12 features"),
+        (lambda: tuned_layer({"dense": Compacter(16)}), "n=4 must divide its 0 units"),
         (lambda: tuned_layer({"dense": LowRankAdapter(32)}), "has 0 units for 12 features"),
     ],
-    ids=["width", "activation", "rank", "rank of units", "no units"],
+    ids=["width", "activation", "rank", "rank of units", "blocks", "no block", "no units"],
 )
 def test_what_does_not_fit_is_an_error(make, said):
     with pytest.raises(InputError, match=said):
