@@ -29,6 +29,7 @@ from .trees import (
     Place,
     Tree,
     from_places,
+    leaf_paths,
     node_at,
     own_params,
     variables_by_place,
@@ -67,7 +68,7 @@ class Tuned:
         _require_bare(params)
         trained: dict[Place, Variables] = {}
         state: dict[Place, Variables] = {}
-        leaves = _leaf_paths(params)
+        leaves = leaf_paths(params)
         calls = {}
         if self._sites:
             at = {method.at for method in self._sites.values()}
@@ -89,7 +90,9 @@ class Tuned:
                     trained[place], state[place] = init_leaf(method, rng, path, leaf, hit)
                 if common := method.shared(leaf_key(rng, entry.name)):
                     trained["", entry.name] = {SHARED: common}
-        return {"delta": from_places(trained), "delta_state": from_places(state)}
+        variables = {"delta": from_places(trained), "delta_state": from_places(state)}
+        _require_order(self.hits(variables, params))
+        return variables
 
     def apply(
         self,
@@ -273,6 +276,23 @@ def attach_leaves(function: Callable[..., Any], spec: Spec | Method, *, exclude:
     return Tuned(FunctionModel(function), entries, _excluded(exclude))
 
 
+def _require_order(hits: Mapping[tuple[str, Entry], Hit]) -> None:
+    """Raise `InputError` where a method that must be innermost comes after another one."""
+    before: dict[str, list[tuple[Entry, Hit]]] = {}
+    for (path, entry), hit in hits.items():
+        if not isinstance(method := entry.method, SiteMethod):
+            continue
+        for other, taken in before.setdefault(path, []):
+            shared = hit.rows is None or taken.rows is None or set(hit.rows) & set(taken.rows)
+            if method.innermost and shared:
+                name, first = type(method).__name__, type(other.method).__name__
+                raise InputError(
+                    f"{path}: {name} must come before {first} here, it takes the module to compute what its "
+                    f"kernel says; list {name} first in the specification"
+                )
+        before[path].append((entry, hit))
+
+
 def _entries(spec: Spec | Method) -> tuple[Entry, ...]:
     if isinstance(spec, Method):
         spec = dict.fromkeys(spec.positions, spec)
@@ -302,11 +322,6 @@ def _with_site(params: Mapping[str, Any], path: str, change: Callable[..., Varia
     """`params` with the own parameters of the module at `path` changed."""
     new = change(own_params(node_at(params, path)), path)
     return {**params, **new} if path == "" else with_node(params, path, new)
-
-
-def _leaf_paths(params: Mapping[str, Any]) -> list[str]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
 
 
 def _require_bare(params: Mapping[str, Any]) -> None:

@@ -41,6 +41,7 @@ class DoRA(SiteMethod):
 
     name: ClassVar[str] = "dora"
     positions: ClassVar[tuple[str, ...]] = ("attention/(query|value)",)
+    innermost: ClassVar[bool] = True
     axes: ClassVar[Axes] = {"a": ("in", None), "b": (None, "out"), "magnitude": ("out",)}
 
     def __post_init__(self) -> None:

@@ -38,14 +38,16 @@ class Site:
 class SiteMethod(ABC):
     """A delta at a module's boundary: it sees the call's arguments and its outputs.
 
-    `neutral` is a value for all its variables, state included, that changes nothing: layers of a scan
-    outside the address get it.
+    `innermost` says that the method takes the site to compute what its kernel says, so that no other method
+    may act there before it. `neutral` is a value for all its variables, state included, that changes
+    nothing: layers of a scan outside the address get it.
     """
 
     name: ClassVar[str]
     positions: ClassVar[tuple[str, ...]]
     at: ClassVar[str] = "__call__"
     neutral: ClassVar[float] = 0.0
+    innermost: ClassVar[bool] = False
 
     @property
     def axes(self) -> Axes:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from modicum import InputError
-from modicum.research.delta import DoRA, attach
+from modicum.research.delta import DoRA, LoRA, attach
 
 
 class Heads(nn.Module):
@@ -122,3 +122,26 @@ def test_bad_fields_and_ranks_are_errors():
         DoRA(dropout=1.0)
     with pytest.raises(InputError, match="DoRA rank=9 exceeds its 12x8 matrix; at most 8"):
         started(DoRA(9))
+
+
+def test_before_other_methods_it_merges_and_behind_them_it_is_an_error(x64):
+    tuned, _, params, x = started()
+    both = attach(tuned.model, {"": [METHOD, LoRA(2)]})
+    rng = np.random.default_rng(2)
+    variables = both.init(jax.random.key(1), params, x)
+    variables = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape), variables)
+    merged = both.merge(params, variables)
+    np.testing.assert_allclose(both.apply(variables, params, x), tuned.model.apply(merged, x), rtol=1e-9)
+    with pytest.raises(InputError, match="DoRA must come before LoRA here"):
+        attach(tuned.model, {"": [LoRA(2), METHOD]}).init(jax.random.key(1), params, x)
+
+
+def test_other_layers_of_a_stack_may_have_other_methods_first(decoder, tokens):
+    model = decoder(layers=2, scan=True)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    apart = {"layers_{0}/attention/query": LoRA(2), "layers_{1}/attention/query": DoRA(2)}
+    made = jax.eval_shape(attach(model, apart).init, jax.random.key(1), params, tokens)
+    assert set(made["delta"]["layers"]["attention"]["query"]) == {"~lora", "~dora"}
+    overlapping = {"layers_{0-1}/attention/query": LoRA(2), "layers_{1}/attention/query": DoRA(2)}
+    with pytest.raises(InputError, match="DoRA must come before LoRA"):
+        jax.eval_shape(attach(model, overlapping).init, jax.random.key(1), params, tokens)
