@@ -24,6 +24,7 @@ import jax
 
 from ... import InputError
 from .folding import near_misses
+from .trees import node_at
 
 RANGE = re.compile(r"\{([^{}]*)\}")
 PART = re.compile(r"(\d+)(?:(-)(\d*))?")
@@ -186,9 +187,7 @@ def above_path(path: str) -> list[str]:
 
 def stack(params: Mapping[str, Any], path: str) -> tuple[int, int]:
     """Rows of the stacked layers at `path`, and layers per row; (0, 1) where nothing is stacked there."""
-    node: Any = params
-    for part in path.split("/"):
-        node = node.get(part) if isinstance(node, Mapping) else None
+    node = node_at(params, path)
     sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(node)}
     if not isinstance(node, Mapping) or len(sizes) != 1:
         return 0, 1

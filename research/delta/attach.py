@@ -325,5 +325,5 @@ def _with_site(params: Mapping[str, Any], path: str, change: Callable[..., Varia
 
 
 def _require_bare(params: Mapping[str, Any]) -> None:
-    if set(params) == {"params"}:
+    if isinstance(params, Mapping) and set(params) == {"params"}:
         raise InputError("params is wrapped as {'params': ...}; pass the tree inside")

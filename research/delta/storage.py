@@ -28,6 +28,7 @@ from .addresses import Address
 from .attach import Entry, Tuned
 from .methods import LeafMethod, Method
 from .registry import METHODS
+from .trees import leaf_paths, node_at
 
 FORMAT, VERSION = "modicum-delta", 1
 DTYPES = {
@@ -130,7 +131,8 @@ def backbone_hash(tuned: Tuned, variables: Mapping[str, Any], params: Mapping[st
     # Imported here: training needs optax and orbax, which delta tuning itself does without.
     from ..training.fingerprint import combined
 
-    flat, hits = flatten_dict(dict(params), sep="/"), tuned.hits(variables, params)
+    flat = {path: node_at(params, path) for path in leaf_paths(params)}
+    hits = tuned.hits(variables, params)
     for (path, entry), hit in hits.items():
         if isinstance(entry.method, LeafMethod) and entry.method.replaces and hit.rows is None:
             flat.pop(path, None)

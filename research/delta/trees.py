@@ -1,11 +1,18 @@
-"""Where a delta's variables lie in a tree: below the path that they act on, under the method's `~name`."""
+"""Where a delta's variables lie in a tree: below the path that they act on, under the method's `~name`.
+
+A delta's tree is a nested dictionary. The backbone's may also have lists and tuples, whose numbers are names
+in a path, and names with `/` in them (Haiku's `mlp/~/linear_0`), which count as several in a path.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ... import InputError
 
 Tree = dict[str, Any]
 Place = tuple[str, str]  # (path of the module or leaf, `~name`)
@@ -14,12 +21,16 @@ Place = tuple[str, str]  # (path of the module or leaf, `~name`)
 SHARED = "shared"
 
 
-def node_at(tree: Mapping[str, Any], path: str) -> Any:
+def node_at(tree: Any, path: str) -> Any:
     """The subtree or leaf at `path`, None where there is none."""
-    node: Any = tree
-    for part in path.split("/") if path else ():
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
+    if not path:
+        return tree
+    head, rest = _split(tree, path)
+    if isinstance(tree, Mapping):
+        return node_at(tree[head], rest) if head in tree else None
+    if isinstance(tree, list | tuple) and head.isdigit() and int(head) < len(tree):
+        return node_at(tree[int(head)], rest)
+    return None
 
 
 def own_params(node: Any) -> Tree:
@@ -33,7 +44,8 @@ def places(tree: Mapping[str, Any]) -> dict[Place, Tree]:
     """The variables of each delta in a `delta` or `delta_state` tree."""
     found: dict[Place, Tree] = {}
     for keys, value in flatten_dict(dict(tree)).items():
-        index = next(i for i, key in enumerate(keys) if key.startswith("~"))
+        # The last: names of the backbone may begin so too, as Haiku's do.
+        index = max(i for i, key in enumerate(keys) if key.startswith("~"))
         found.setdefault(("/".join(keys[:index]), keys[index]), {})[keys[index + 1 :]] = value
     return {place: unflatten_dict(leaves) for place, leaves in found.items()}
 
@@ -59,8 +71,42 @@ def from_places(found: Mapping[Place, Mapping[str, Any]]) -> Tree:
     return tree
 
 
-def with_node(tree: Mapping[str, Any], path: str, node: Any) -> Tree:
+def with_node(tree: Any, path: str, node: Any) -> Any:
     """A copy of `tree` that has `node` at `path`; everything beside the path is shared."""
+    head, rest = _split(tree, path)
+    if isinstance(tree, list | tuple):
+        changed = list(tree)
+        changed[int(head)] = with_node(tree[int(head)], rest, node) if rest else node
+        return type(tree)(changed)
+    return {**tree, head: with_node(tree.get(head, {}), rest, node) if rest else node}
+
+
+def leaf_paths(params: Any) -> list[str]:
+    """The paths of all arrays, which `node_at` finds again.
+
+    Raises `InputError` for a tree of other nodes than dictionaries, lists and tuples, and for arrays of
+    which an address could not say which is meant.
+    """
+    if not isinstance(params, Mapping):
+        raise InputError(f"parameters are a dictionary of arrays, not a {type(params).__name__}")
+    paths = []
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if node_at(params, path) is not leaf:
+            raise InputError(
+                f"parameter {path}: a delta's addresses need nested dictionaries, lists and tuples of "
+                f"arrays, with text as names, and no two arrays of one path"
+            )
+        paths.append(path)
+    return paths
+
+
+def _split(tree: Any, path: str) -> tuple[str, str]:
+    """The name in `tree` that `path` begins with, and the rest of the path."""
     head, _, rest = path.partition("/")
-    below = tree.get(head, {})
-    return {**tree, head: with_node(below, rest, node) if rest else node}
+    if isinstance(tree, Mapping) and rest and head not in tree:
+        longer = [name for name in tree if "/" in str(name) and f"{path}/".startswith(f"{name}/")]
+        if longer:
+            head = max(longer, key=len)
+            rest = path[len(head) + 1 :]
+    return head, rest

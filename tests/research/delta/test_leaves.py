@@ -1,5 +1,7 @@
 """Leaf deltas: Full and BitFit, on modules and on plain functions."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import optax
 import pytest
 
 from modicum import InputError
-from modicum.research.delta import BitFit, Full, LoRA, attach, attach_leaves
+from modicum.research.delta import BitFit, Full, LoRA, attach, attach_leaves, load_delta, save_delta
+from modicum.research.delta.leaves import FunctionModel
 
 X = jax.random.normal(jax.random.key(7), (6, 4))
 PARAMS = {
@@ -179,3 +182,70 @@ def test_a_delta_of_another_model_is_an_error():
 def test_site_methods_need_modules():
     with pytest.raises(InputError, match="LoRA acts at modules"):
         attach_leaves(network, {"head": LoRA(2)})
+
+
+HAIKU = {
+    "mlp/~/linear_0": {"w": jnp.full((4, 3), 0.1), "b": jnp.zeros(3)},
+    "mlp/~encode/linear_1": {"w": jnp.full((3, 2), 0.2), "b": jnp.zeros(2)},
+}
+LISTS = {"layers": [(jnp.full((4, 3), 0.1), jnp.zeros(3)), (jnp.full((3, 2), 0.2), jnp.zeros(2))]}
+
+
+def of_haiku(params, x):
+    for name in HAIKU:
+        x = jnp.tanh(x @ params[name]["w"] + params[name]["b"])
+    return x
+
+
+def of_lists(params, x):
+    for kernel, bias in params["layers"]:
+        x = jnp.tanh(x @ kernel + bias)
+    return x
+
+
+TREES = {"haiku": (HAIKU, of_haiku), "lists": (LISTS, of_lists)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "address", "paths"),
+    [
+        ("haiku", "linear_0/w", ["mlp/~/linear_0/w"]),
+        ("haiku", "mlp/~encode", ["mlp/~encode/linear_1/w", "mlp/~encode/linear_1/b"]),
+        ("haiku", "", ["mlp/~/linear_0/w", "mlp/~encode/linear_1/b"]),
+        ("lists", "layers/{1}", ["layers/1/0", "layers/1/1"]),
+        ("lists", "re:layers/./1", ["layers/0/1", "layers/1/1"]),
+    ],
+)
+def test_trees_of_other_libraries(kind, address, paths, tmp_path):
+    """Names with `/` and `~` as Haiku makes them, and lists and tuples: addressed, merged, stored."""
+    params, function = TREES[kind]
+    tuned = attach_leaves(function, {address: Full()})
+    variables = moved(tuned.init(jax.random.key(0), params), 0.1)
+    assert {path for path, _ in tuned.hits(variables, params)} >= set(paths)
+    merged = tuned.merge(params, variables)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    np.testing.assert_array_equal(function(merged, X), tuned.apply(variables, params, X))
+    assert jnp.abs(function(merged, X) - function(params, X)).max() > 1e-3
+    save_delta(tmp_path, tuned, variables, params)
+    again, found = load_delta(tmp_path, FunctionModel(function), params)
+    np.testing.assert_array_equal(again.apply(found, params, X), tuned.apply(variables, params, X))
+
+
+class Pair(NamedTuple):
+    w: jax.Array
+    b: jax.Array
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"linear": Pair(jnp.ones(2), jnp.ones(2))}, "parameter linear/w: a delta's addresses need nested"),
+        ({1: jnp.ones(2)}, "parameter 1: a delta's addresses need nested dictionaries"),
+        ({"a": {"b": jnp.ones(2)}, "a/b": jnp.zeros(2)}, "parameter a/b: .* no two arrays of one path"),
+        ([jnp.ones(2)], "parameters are a dictionary of arrays, not a list"),
+    ],
+    ids=["named tuple", "numbers as names", "one path twice", "a list"],
+)
+def test_trees_without_addresses_are_refused(params, message):
+    with pytest.raises(InputError, match=message):
+        attach_leaves(network, {"": Full()}).init(jax.random.key(0), params)
