@@ -91,7 +91,13 @@ def test_the_file_holds_the_delta_only(made, tmp_path):
         "name": "~lora",
         "address": "layers_{0-1}",
         "method": "lora",
-        "fields": {"rank": 2, "alpha": 3.0, "dropout": 0.1},
+        "fields": {
+            "rank": 2,
+            "alpha": 3.0,
+            "dropout": 0.1,
+            "rank_stabilised": False,
+            "initialisation": "uniform",
+        },
     }
 
 
@@ -163,12 +169,12 @@ KILLED = """
 import os, signal, sys
 from modicum.research.delta import storage
 written = []
-real = storage._write
+real = storage.write_whole
 def write(path, data):
     if len(written) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     written.append(path); real(path, data)
-storage._write = write
+storage.write_whole = write
 import jax, jax.numpy as jnp
 from modicum.research.delta import Full, attach_leaves, save_delta
 params = {"w": jnp.zeros(4)}
