@@ -27,6 +27,7 @@ from statistics import median
 from typing import Any
 
 import jax
+import optax
 
 from ..models import ClassifierHead, Transformer
 from ..models.model import Params
@@ -38,6 +39,8 @@ from ..research.data.batches import Batches
 from ..research.study.halving import successive_halving
 from ..research.study.runs import Run, run_id
 from ..research.training.config import OptimizerConfig, TrainingConfig
+from ..research.training.lora_plus import lora_plus
+from ..research.training.rank_allocation import rank_allocation
 from ..research.training.trials import HEAD, Trial, Trials
 from .delta_tasks import TASKS, Task, TaskRows, load_task, measured
 
@@ -53,12 +56,25 @@ HIGH = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 class Recipe:
     """A row of the table: what is attached beside the classifier (None: full tuning), and rates to try.
 
-    `keep` is the fraction of differences that are left of diff pruning before it is measured.
+    `keep` is the fraction of differences that are left of diff pruning before it is measured, `b_rate` makes
+    LoRA+ of LoRA, `ranks` is what AdaLoRA keeps of a matrix's ranks.
     """
 
     spec: delta.Spec | None
     rates: tuple[float, ...] = MIDDLE
     keep: float = 0.0
+    b_rate: float = 0.0
+    ranks: int = 0
+
+    def wrap(self, optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        """The optimizer with what the method adds to it."""
+        if self.b_rate:
+            return optax.chain(optimizer, lora_plus(self.b_rate))
+        if self.ranks:
+            return rank_allocation(
+                optimizer, target=self.ranks, steps=steps, warmup=steps // 10, final=max(1, steps * 3 // 10)
+            )
+        return optimizer
 
 
 # MiniLM has six layers of 1.77 million parameters; widths and lengths are such that a method stays below 1%.
@@ -74,10 +90,17 @@ RECIPES: Mapping[str, Recipe] = {
     "low-rank adapter": Recipe({OUTPUTS: delta.LowRankAdapter()}),
     "IA3": Recipe({"attention/(key|value)": delta.IA3(), "mlp/down": delta.IA3(on="input")}, HIGH),
     "prefix": Recipe({"attention": delta.Prefix(length=16)}, HIGH),
+    "soft prompt": Recipe({"": delta.SoftPrompt(length=16)}, HIGH),
     "BitFit": Recipe({LAYERS: delta.BitFit()}, HIGH),
     "LayerNorm": Recipe({LAYERS: delta.LayerNormTuning()}, HIGH),
     "random subset": Recipe({LAYERS: delta.RandomSubset(fraction=0.005)}, HIGH),
     "diff pruning": Recipe({LAYERS: delta.DiffPruning()}, keep=0.005),
+    "LoRA+": Recipe({QUERY_VALUE: delta.LoRA(rank=8)}, b_rate=16.0),
+    "AdaLoRA": Recipe({QUERY_VALUE: delta.AdaLoRA(rank=12)}, ranks=8),
+    "Compacter": Recipe({OUTPUTS: delta.Compacter()}),
+    "VeRA": Recipe({QUERY_VALUE: delta.VeRA()}, HIGH),
+    "OFT": Recipe({QUERY_VALUE: delta.OFT()}),
+    "SAID": Recipe({LAYERS: delta.SAID(dimension=1000)}),
     "linear probe": Recipe({}, HIGH),
 }
 
@@ -260,7 +283,7 @@ class Work:
         spec = None if self.recipe.spec is None else {**self.recipe.spec, HEAD: delta.Full()}
         example = Batches(self.rows.train, self.training.batch)[0]
         logger.info("compiling %s on %s", self.method, self.rows.task.name)
-        return Trials.compile(model, params, spec, example, self.training)
+        return Trials.compile(model, params, spec, example, self.training, self.recipe.wrap)
 
     def _cell(self, cell: Cell, seed: int, ask: Any) -> dict[str, Any]:
         """The result of one cell's run, measured now where it is not there yet."""

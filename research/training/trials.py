@@ -27,6 +27,7 @@ from ...models.transformer import Transformer
 from ..data.batches import Batches, Rows, evaluation_batches
 from ..delta import Spec, Tuned, attach
 from .config import TrainingConfig
+from .job import Wrap
 from .memory import CompiledMemory, compiled_memory
 from .objectives import Forward, classification, delta_tuning, full_tuning, inputs_of, penalised
 from .optimizers import make_optimizer
@@ -77,9 +78,11 @@ class Trials:
         spec: Spec | None,
         example: Mapping[str, np.ndarray],
         config: TrainingConfig,
+        wrap: Wrap | None = None,
     ) -> Trials:
         """Trials of `config.steps` steps on batches shaped like `example`; the rate in `config` is ignored.
 
+        `wrap(optimizer, steps)` is the optimizer with what a method adds to it.
         Each seed draws a new classifier head, N(0, initial_std) and no bias, and a new delta.
         """
         tuned = None if spec is None else attach(model, spec)
@@ -87,6 +90,7 @@ class Trials:
         loss = classification(forward) if tuned is None else penalised(classification(forward), tuned)
         unit = replace(config.optimizer, learning_rate=1.0)
         optimizer = with_rate_argument(make_optimizer(unit, config.steps))
+        optimizer = optimizer if wrap is None else wrap(optimizer, config.steps)
 
         def create(params: Params, seed: jax.Array, rate: jax.Array) -> tuple[TrainState, Tree]:
             first, second = jax.random.split(jax.random.key(seed))

@@ -78,6 +78,8 @@ SMALL = {
     "last layer": Recipe({"layers_{1-}": delta.Full()}),
     "parallel adapter": Recipe({"layers_{0-1}/(attention|mlp)": delta.ParallelAdapter(width=2)}),
     "low-rank adapter": Recipe({"mlp/down": delta.LowRankAdapter(reduction=4)}),
+    "LoRA+": Recipe({"attention/(query|value)": delta.LoRA(rank=2)}, b_rate=16.0),
+    "AdaLoRA": Recipe({"attention/(query|value)": delta.AdaLoRA(rank=3)}, ranks=2),
     "random subset": Recipe({"re:layers_\\d+": delta.RandomSubset(fraction=0.05)}),
     "diff pruning": Recipe({"re:layers_\\d+": delta.DiffPruning()}, keep=0.05),
 }
@@ -141,6 +143,16 @@ def test_the_stored_delta_is_the_one_that_was_measured(study, backbone):
     logits = tuned.apply(variables, params, batch["tokens"], segments=batch["segments"])
     assert np.mean(np.argmax(logits, -1) == batch["label"]) == result["test_accuracy"]
     assert delta.parameter_count(variables["delta"]) == result["tuned_parameters"]
+
+
+def test_what_goes_with_the_optimizer(study):
+    lora, plus = (study.run(["single"], [name])[0] for name in ("LoRA", "LoRA+"))
+    assert lora["tuned_parameters"] == plus["tuned_parameters"] and lora["test_loss"] != plus["test_loss"]
+    study.run(["single"], ["AdaLoRA"])
+    folder = next(study.folder.glob("single-AdaLoRA-seed0-*")) / "delta"
+    _, variables = delta.load_delta(folder, *study.backbone.with_head(2))
+    kept = [np.count_nonzero(e) for path, e in flatten_dict(variables["delta"]).items() if path[-1] == "e"]
+    assert sum(kept) == 2 * len(kept) == 2 * 2 * 2
 
 
 def test_steps_are_timed_in_turns(study):
