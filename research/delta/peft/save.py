@@ -45,10 +45,6 @@ def save_peft(
     )
     codec = _codec(tuned)
     deltas = taken(tuned, variables, known, lambda method: isinstance(method, SiteMethod))
-    if not deltas:
-        raise InputError(
-            "PEFT's adapters need a delta at a module; arrays trained in full are saved beside one"
-        )
     keys, tensors = codec.write(deltas, known)
     changed, params = _whole(tuned, variables, known)
     wrapped = "target_modules" in keys  # in PEFT; a prompt's model is not
@@ -78,10 +74,10 @@ def _codec(tuned: Tuned) -> Codec:
                 valid = ", ".join(kind.name for each in CODECS for kind in each.methods)
                 raise InputError(f"PEFT has no {entry.method.name}; valid: {valid}")
             codecs[codec.kind] = codec
-    if len(codecs) != 1:
-        raise InputError(
-            f"a PEFT adapter is of one kind, this delta of {', '.join(codecs) or 'none'}; save them apart"
-        )
+    if not codecs:
+        raise InputError("a PEFT adapter needs a delta at a module; whole arrays are saved beside one")
+    if len(codecs) > 1:
+        raise InputError(f"a PEFT adapter is of one kind, this delta of {', '.join(codecs)}; save them apart")
     return next(iter(codecs.values()))
 
 

@@ -153,10 +153,10 @@ SPECS = {
     "LoRA and DoRA": ({"mlp/up": LoRA(2), "mlp/down": DoRA(2)}, "one of LoRA and DoRA"),
     "two dropouts": ({"mlp/up": VeRA(2), "mlp/down": VeRA(2, 0.5)}, "one dropout in a VeRA adapter"),
     "two sizes": ({"mlp/up": OFT(4), "mlp/down": OFT(2)}, "one block size"),
-    "only whole arrays": ({"final_norm": Full()}, "need a delta at a module"),
+    "only whole arrays": ({"final_norm": Full()}, "needs a delta at a module"),
     "a whole array there": (
         {"mlp/up": LoRA(2), "layers_1/mlp/up/kernel": Full()},
-        "layers.1.mlp.up_proj: a delta and",
+        "up_proj: a delta and arrays",
     ),
     "prefix and LoRA": ({"attention": Prefix(2), "mlp/up": LoRA(2)}, "of one kind"),
 }
@@ -172,7 +172,7 @@ def test_deltas_that_peft_cannot_have(tmp_path, llama, spec, words):
 
 def test_arrays_that_are_tied(tmp_path, gpt2):
     tuned, variables = made(gpt2, {"mlp/up": LoRA(2), "embedding": Full()})
-    with pytest.raises(InputError, match="wte.weight is tied to another tensor"):
+    with pytest.raises(InputError, match="weight is tied to another tensor"):
         save_peft(tmp_path, tuned, variables, gpt2)
 
 

@@ -232,7 +232,7 @@ def test_prefixes_and_norms_of_scanned_layers(bases, tmp_path):
     scanned = bases("llama", True)
     spec = {"attention": Prefix(2), "": ShiftPositions(2), "layers_{1}/mlp_norm": Full()}
     tuned, variables = made(scanned, spec)
-    config, tensors = read(save_peft(tmp_path, tuned, variables, scanned))
+    _, tensors = read(save_peft(tmp_path, tuned, variables, scanned))
     assert [name for name in tensors if "norm" in name] == [
         f"base_model.model.layers.{layer}.post_attention_layernorm.weight" for layer in range(LAYERS)
     ]
