@@ -7,12 +7,14 @@ module (through `LinenModel`) and forty lines of plain JAX satisfy it alike.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+from flax.errors import ScopeCollectionNotFound
 
 from .. import InputError
 
@@ -62,14 +64,22 @@ class LinenModel:
         """Outputs, and the collections named by `mutable` where that is asked for.
 
         `train` reaches the module if its `__call__` takes an argument of that name. `kept` are collections
-        beside the parameters, such as a cache.
+        beside the parameters, such as a cache. Raises `InputError` for one that the module misses.
         """
         if "train" in inspect.signature(type(self.module).__call__).parameters:
             kwargs["train"] = train
         rngs = None if rng is None else {"dropout": rng}
-        return self.module.apply(
-            {**(kept or {}), "params": params}, *args, rngs=rngs, mutable=mutable, **kwargs
-        )
+        collections = {**(kept or {}), "params": params}
+        try:
+            return self.module.apply(collections, *args, rngs=rngs, mutable=mutable, **kwargs)
+        except ScopeCollectionNotFound as error:
+            missing = re.search(r'collection "(\w+)"', str(error))
+            if missing is None or missing[1] in collections:
+                raise
+            raise InputError(
+                f"{type(self.module).__name__} keeps a collection {missing[1]!r} beside its params; "
+                f"a model here is a function of its parameters alone"
+            ) from None
 
 
 def as_model(model: Model | nn.Module) -> Model:
