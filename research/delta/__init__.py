@@ -18,6 +18,7 @@ from .diff_pruning import DiffPruning, project
 from .dora import DoRA
 from .flax_prefix import FlaxPrefix
 from .full import Full
+from .generation import TunedTransformer, as_transformer
 from .ia3 import IA3, ia3_spec
 from .intrinsic import SAID
 from .joining import join
@@ -38,6 +39,7 @@ from .registry import METHODS
 from .reparameterised import folded
 from .shift_positions import ShiftPositions
 from .soft_prompt import SoftPrompt
+from .stacking import stack_delta, unstack_delta
 from .storage import backbone_hash, load_delta, read_header, save_delta
 from .summary import Row, byte_count, parameter_count, summary
 from .switching import entry_names, only, scaled, without
@@ -80,8 +82,10 @@ __all__ = [
     "SparseOffset",
     "Spec",
     "Tuned",
+    "TunedTransformer",
     "VeRA",
     "apply_tasks",
+    "as_transformer",
     "attach",
     "attach_leaves",
     "attach_nnx",
@@ -104,11 +108,13 @@ __all__ = [
     "safe_merge",
     "save_delta",
     "scaled",
+    "stack_delta",
     "stack_tasks",
     "summary",
     "to_html",
     "to_lora",
     "to_svg",
     "tree",
+    "unstack_delta",
     "without",
 ]
