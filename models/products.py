@@ -34,6 +34,11 @@ def dense_product(
     return y.reshape(*leading, y.shape[-1]) if join else y
 
 
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x [..., D]` times `kernel [D, F]`, in the form of `dense_product`."""
+    return dense_product(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
 def scaled_product(
     x: jax.Array,
     weights: jax.Array,

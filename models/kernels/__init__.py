@@ -2,7 +2,8 @@
 
 `front` has `attention()`; `masks`, `flags`, `biases` and `relations` are the expressions it takes, and
 `blocks` derives from a mask which tiles of the score matrix are skipped. `registry` chooses the
-implementation of a `request`: `chunked` (XLA, tile by tile) or `reference` (every score at once, the oracle).
+implementation of a `request`: `whole` (short sequences on CPUs), `chunked` (XLA, tile by tile) or `reference`
+(every score at once, the oracle).
 `spans`, `trees` and `varying` hold what these share: ranges of indices, dataclasses that are pytrees, and
 arrays inside `shard_map`.
 """

@@ -7,10 +7,11 @@ from ... import InputError
 from .chunked import Chunked
 from .reference import Reference
 from .request import Implementation, Request
+from .whole import Whole
 
 logger = logging.getLogger("modicum.kernels")
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Chunked(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Whole(), Chunked(), Reference())
 
 
 def implementations() -> tuple[Implementation, ...]:

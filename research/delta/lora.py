@@ -116,11 +116,11 @@ class LoRA(SiteMethod):
             return y + (rows @ variables["b"].astype(y.dtype)) * self.scale
         x = matrix_of(site, x, y, "LoRA").flatten(x).astype(y.dtype)
         seen = dropped(x, site, self.dropout, variables.get("seed"))
-        added = through(seen, variables["a"], variables["b"])
+        added = through(seen, variables["a"], variables["b"], self.scale)
         if self.reads:
             # Apart and not as one product of twice the rank: computed alike they cancel to the last bit.
-            added = added - through(x, variables["start_a"], variables["start_b"])
-        return y + (added * self.scale).reshape(y.shape)
+            added = added - through(x, variables["start_a"], variables["start_b"], self.scale)
+        return y + added.reshape(y.shape)
 
     def merge(self, variables: Variables, params: Variables, path: str) -> Variables:
         """The kernel plus the scaled product, summed in single precision or better."""

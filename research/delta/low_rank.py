@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
+from ...models.products import project
 from .matrices import Matrix, matrix_of
 from .methods import Site
 
@@ -46,9 +47,9 @@ def uniform(rng: jax.Array, inputs: int, rank: int) -> jax.Array:
     return jax.random.uniform(rng, (inputs, rank), minval=-bound, maxval=bound)
 
 
-def through(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`(x a) b` for `x [..., in]`, in the dtype of `x`."""
-    return (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+def through(x: jax.Array, a: jax.Array, b: jax.Array, scale: float = 1.0) -> jax.Array:
+    """`scale (x a) b` for `x [..., in]`, in the dtype of `x`; scaled where it is narrowest."""
+    return project(project(x, a.astype(x.dtype)) * scale, b.astype(x.dtype))
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -28,8 +28,10 @@ from modicum.models.kernels import (
 from modicum.models.kernels.chunked import Chunked
 from modicum.models.kernels.reference import Reference
 from modicum.models.kernels.spans import Span
+from modicum.models.kernels.whole import Whole
 
 B, H, K = 2, 4, 8
+CHUNKED = Chunked(block=8)
 RAGGED, EVEN = (21, 29), (24, 24)  # T, S: with blocks of 8 the first needs padding
 
 
@@ -103,10 +105,12 @@ def assert_same(found, wanted, forward, gradient):
         )
 
 
-def compare(mask, bias, groups, soft_cap, shape, dtype=jnp.float64, forward=1e-10, gradient=1e-10):
+def compare(
+    mask, bias, groups, soft_cap, shape, dtype=jnp.float64, forward=1e-10, gradient=1e-10, tested=CHUNKED
+):
     given = (*arrays(*shape, groups, dtype), masks(*shape)[mask], biases(*shape, dtype)[bias])
     wanted = values_and_gradients(Reference(), soft_cap, *given)
-    assert_same(values_and_gradients(Chunked(block=8), soft_cap, *given), wanted, forward, gradient)
+    assert_same(values_and_gradients(tested, soft_cap, *given), wanted, forward, gradient)
 
 
 MASKS, BIASES = list(masks(*EVEN)), list(biases(*EVEN))
@@ -118,6 +122,15 @@ FAST = [(MASKS[i % 10], BIASES[(i + i // 10) % 6], *option) for i, option in enu
 @pytest.mark.parametrize(("mask", "bias", "groups", "soft_cap", "shape"), FAST, ids=str)
 def test_chunked_is_the_reference_in_float64(x64, mask, bias, groups, soft_cap, shape):
     compare(mask, bias, groups, soft_cap, shape)
+
+
+@pytest.mark.parametrize(("mask", "groups"), list(zip(MASKS, itertools.cycle((4, 2, 1)))), ids=str)
+def test_whole_is_the_reference_in_float64(x64, mask, groups):
+    compare(mask, "none", groups, None, RAGGED, tested=Whole())
+
+
+def test_whole_is_the_reference_in_float32():
+    compare("full", "none", 4, None, EVEN, jnp.float32, 1e-5, 1e-4, tested=Whole())
 
 
 @pytest.mark.slow

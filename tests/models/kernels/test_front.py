@@ -48,7 +48,9 @@ def test_numbers_are_positive_and_static(option):
 
 
 def test_unknown_implementation_lists_the_valid_ones():
-    with pytest.raises(InputError, match="impl='flash' is unknown; valid are auto, chunked, reference"):
+    with pytest.raises(
+        InputError, match="impl='flash' is unknown; valid are auto, whole, chunked, reference"
+    ):
         attention(Q, KV, KV, mask=Full(), impl="flash")
 
 
@@ -73,14 +75,31 @@ def test_a_single_query_takes_the_plain_softmax_unless_tiles_are_asked_for(log):
         attention(q, KV, KV, mask=mask, impl="chunked"), attention(q, KV, KV, mask=mask), atol=1e-6
     )
     assert "chunked, as asked for" in log.text
-    assert "reference; not chunked: a single query needs no tiles" in log.text
+    assert "reference; not whole: a single query needs no" in log.text
+    assert "not chunked: a single query needs no tiles" in log.text
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "chosen"),
+    [
+        (128, {}, "Full: whole"),
+        (129, {}, "Full: chunked; not whole: it keeps the probabilities, which is for lengths up to 128"),
+        (5, {"soft_cap": 2.0}, "soft cap: chunked; not whole: it has no bias and no soft cap"),
+        (5, {"bias": jnp.zeros((1, 1, 5, 5))}, "chunked; not whole: it has no bias and no soft cap"),
+    ],
+    ids=str,
+)
+def test_short_sequences_are_taken_whole(log, length, options, chosen):
+    x = jnp.ones((1, length, 1, 2))
+    attention(x, x, x, mask=Full(), **options)
+    assert chosen in log.text
 
 
 def test_the_choice_is_logged_once_a_request(log):
     step = jax.jit(lambda q: attention(attention(q, KV, KV, mask=Causal()), KV, KV, mask=Causal()))
     step(Q)
     assert [record.levelname for record in log.records] == ["INFO"]
-    assert "B=2 T=5 S=7 H=4 G=2 K=8 float32 on cpu, Causal: chunked" in log.text
+    assert "B=2 T=5 S=7 H=4 G=2 K=8 float32 on cpu, Causal: whole" in log.text
     attention(Q, KV, KV, mask=Full(), impl="reference", soft_cap=2.0)
     assert len(log.records) == 2 and "Full, soft cap: reference, as asked for" in log.text
 
