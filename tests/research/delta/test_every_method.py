@@ -141,12 +141,36 @@ def moved(variables, scale=0.2):
     return {**variables, "delta": trained}
 
 
-def set_up(case, address=None, precision=FP64, scan=False):
-    """Tuned model, variables at the start, parameters."""
+@functools.cache
+def untuned(precision, scan=False):
+    """The model, its parameters and its output."""
     model, params = decoder(precision, scan), params_in(precision.param)
     params = stacked(params) if scan else params
+    return model, params, model.apply(params, TOKENS)
+
+
+@functools.cache
+def set_up(case, address=None, precision=FP64, scan=False):
+    """Tuned model, variables at the start, parameters."""
+    model, params, _ = untuned(precision, scan)
     tuned = attach(model, {case.address if address is None else address: case.method})
     return tuned, tuned.init(jax.random.key(1), params, TOKENS), params
+
+
+def some_loss(outputs):
+    return jnp.sin(outputs).sum()
+
+
+@functools.cache
+def loss_and_gradient(case):
+    """Of the delta away from its start, in double precision."""
+    tuned, variables, params = set_up(case)
+    variables, state = moved(variables), variables["delta_state"]
+
+    def loss(delta):
+        return some_loss(tuned.apply({"delta": delta, "delta_state": state}, params, TOKENS))
+
+    return jax.value_and_grad(loss)(variables["delta"])
 
 
 def assert_close(got, wanted, tolerance=1e-9):
@@ -161,7 +185,7 @@ def assert_close(got, wanted, tolerance=1e-9):
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_where_training_starts(case, scan):
     tuned, variables, params = set_up(case, precision=FP32, scan=scan)
-    base, start = tuned.model.apply(params, TOKENS), tuned.apply(variables, params, TOKENS)
+    base, start = untuned(FP32, scan)[2], tuned.apply(variables, params, TOKENS)
     if case.start == "identical":
         np.testing.assert_array_equal(start, base)
     elif case.start == "close":
@@ -171,14 +195,8 @@ def test_where_training_starts(case, scan):
 
 @every
 def test_every_variable_trains(case, x64):
-    tuned, variables, params = set_up(case)
-    variables, state = moved(variables), variables["delta_state"]
-
-    def loss(delta):
-        return jnp.sin(tuned.apply({"delta": delta, "delta_state": state}, params, TOKENS)).sum()
-
     largest = {}
-    for path, leaf in flatten_dict(jax.grad(loss)(variables["delta"])).items():
+    for path, leaf in flatten_dict(loss_and_gradient(case)[1]).items():
         assert jnp.isfinite(leaf).all()
         largest[path[-1]] = max(largest.get(path[-1], 0.0), float(jnp.abs(leaf).max()))
     assert largest and min(largest.values()) > 1e-9
@@ -200,14 +218,16 @@ def test_a_layer_range_of_a_scan_is_that_of_the_unrolled_model(case, x64):
         pytest.skip("acts at no layer of a stack")
     address = f"layers_{{0,2}}/{case.address}".rstrip("/")
     tuned, variables, params = set_up(case, address)
-    scanned, made, stack = set_up(case, address, scan=True)
-    variables = moved(variables)
+    model, stack, _ = untuned(FP64, scan=True)
+    scanned, variables = attach(model, {address: case.method}), moved(variables)
+    made = jax.eval_shape(scanned.init, jax.random.key(1), stack, TOKENS)
     rows = {part: stacked(variables[part]) for part in variables}
-    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, rows)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (made, rows))
+    assert shapes[0] == shapes[1]
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(made))
     wanted = tuned.apply(variables, params, TOKENS)
     assert_close(scanned.apply(rows, stack, TOKENS), wanted)
-    assert jnp.abs(wanted - tuned.model.apply(params, TOKENS)).max() > 1e-4
+    assert jnp.abs(wanted - untuned(FP64)[2]).max() > 1e-4
     if case.merges:
         merged = scanned.merge(stack, rows)
         assert_close(merged, stacked(tuned.merge(params, variables)))
@@ -225,15 +245,12 @@ def test_merging(case, x64):
             tuned.merge(params, variables)
         return
 
-    def loss(delta, merge):
-        whole = {"delta": delta, "delta_state": state}
-        if merge:
-            return jnp.sin(tuned.model.apply(tuned.merge(params, whole), TOKENS)).sum()
-        return jnp.sin(tuned.apply(whole, params, TOKENS)).sum()
+    def through_the_weights(delta):
+        merged = tuned.merge(params, {"delta": delta, "delta_state": state})
+        return some_loss(tuned.model.apply(merged, TOKENS))
 
-    (value, got), (oracle, wanted) = (
-        jax.value_and_grad(loss)(variables["delta"], merge) for merge in (False, True)
-    )
+    value, got = loss_and_gradient(case)
+    oracle, wanted = jax.value_and_grad(through_the_weights)(variables["delta"])
     np.testing.assert_allclose(value, oracle, rtol=1e-9)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
         size = max(float(jnp.linalg.norm(other)), 1e-6)
@@ -265,7 +282,7 @@ def test_scaling(case, x64):
             scaled(case, variables["delta"], 0.5)
         return
     none = {**variables, "delta": scaled(case, variables["delta"], 0.0)}
-    assert_close(tuned.apply(none, params, TOKENS), tuned.model.apply(params, TOKENS))
+    assert_close(tuned.apply(none, params, TOKENS), untuned(FP64)[2])
     if case.merges:
         third = {**variables, "delta": scaled(case, variables["delta"], 0.3)}
         change = jax.tree.map(lambda new, old: new - old, tuned.merge(params, variables), params)
@@ -291,7 +308,7 @@ def test_a_bfloat16_backbone(case):
     if isinstance(case.method, SiteMethod):
         floats = [leaf for leaf in jax.tree.leaves(variables) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
-    base, start = tuned.model.apply(params, TOKENS), tuned.apply(variables, params, TOKENS)
+    base, start = untuned(BF16)[2], tuned.apply(variables, params, TOKENS)
     assert start.dtype == base.dtype
     if case.start == "identical":
         np.testing.assert_array_equal(start, base)
