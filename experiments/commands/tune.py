@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import tyro
 
 from ... import InputError
-from .methods import Method, TuningMethod
+from .method_kinds import TuningMethod
+from .methods import Method
 from .options import PlacementOptions, TrainingOptions
 from .reading import Reading
 
@@ -97,7 +98,7 @@ class Tune:
 
         configs = self._configs()
         reading = self._reading()
-        self.method.check()  # what is wrong with it is said before anything is read
+        self.method.check(self.training.steps)  # what is wrong with it is said before anything is read
         layout = self.placement.layout(self.training.batch)
         prepared = self._prepare(reading)
         runs = TuningRuns(
@@ -194,7 +195,17 @@ class Tune:
         else:
             notes |= {"stops": list(speaker.stops), "start": speaker.start}
         spec = self.method.spec(params, classifies)
-        return TuningTask(model, params, spec, prepared.rows, reading.kind, notes, speaker.kept)
+        return TuningTask(
+            model,
+            params,
+            spec,
+            prepared.rows,
+            reading.kind,
+            notes,
+            speaker.kept,
+            self.method.wrap,
+            self.method.settle,
+        )
 
     def _question(
         self, task: TuningTask, config: TrainingConfig, prepared: Prepared, reading: Reading

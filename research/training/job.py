@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from ...parallel.rules import AxisTable
 from .evaluation import SumsOf
@@ -15,6 +16,7 @@ from .objectives import Loss
 
 Tree = Any
 Evaluation = dict[str, float]
+Wrap = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Job:
     runs jitted, so nothing is ever on one device that is meant for many. `batches(step)` is this process's
     part of the batch of a step, as numpy arrays `[B, ...]`. `axes` names the axes of the trained tree;
     `evaluate(trainable, frozen)` returns means by name, of what the jitted `sums_of` gives for a batch.
-    Losses weigh by `unit`s, whose rate is reported; `flops_per_unit` is for MFU.
+    Losses weigh by `unit`s, whose rate is reported; `flops_per_unit` is for MFU. `wrap(optimizer, steps)` is
+    the optimizer with what a method adds to it (AdaLoRA's budget, LoRA+).
     """
 
     loss: Loss
@@ -38,3 +41,4 @@ class Job:
     sums_of: SumsOf | None = None
     unit: str = "tokens"
     flops_per_unit: float | None = None
+    wrap: Wrap | None = None

@@ -52,6 +52,7 @@ def build_program(
     unit = replace(config.optimizer, learning_rate=1.0) if any_rate else config.optimizer
     optimizer = make_optimizer(unit, config.steps)
     optimizer = with_rate_argument(optimizer) if any_rate else optimizer
+    optimizer = job.wrap(optimizer, config.steps) if job.wrap else optimizer
 
     def create(rng: jax.Array, initial: Tree) -> TrainState:
         trainable, averaged = job.init(rng, initial), config.ema > 0

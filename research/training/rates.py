@@ -41,8 +41,17 @@ def with_rate_argument(optimizer: optax.GradientTransformation) -> optax.Gradien
 
 
 def set_rate(state: TrainState, rate: Any) -> TrainState:
-    """`state` of an optimizer from `with_rate_argument`, at this learning rate; `rate` may be traced."""
-    moments = state.optimizer
-    if not (isinstance(moments, tuple) and moments and isinstance(moments[-1], RateState)):
+    """`state` of an optimizer from `with_rate_argument`, at this learning rate; `rate` may be traced.
+
+    The optimizer may be wrapped by others, which keep its state inside theirs.
+    """
+    found = []
+
+    def at_rate(part: Any) -> Any:
+        found.append(isinstance(part, RateState))
+        return RateState(jnp.asarray(rate, jnp.float32)) if found[-1] else part
+
+    moments = jax.tree.map(at_rate, state.optimizer, is_leaf=lambda part: isinstance(part, RateState))
+    if not any(found):
         raise InputError("set_rate: this state's optimizer has no rate to set; make it by with_rate_argument")
-    return replace(state, optimizer=(*moments[:-1], RateState(jnp.asarray(rate, jnp.float32))))
+    return replace(state, optimizer=moments)

@@ -24,7 +24,7 @@ from ..delta.attach import Tuned
 from ..delta.axes import delta_axes
 from .config import TrainingConfig
 from .evaluation import SumsOf, evaluate, make_evaluation
-from .job import Evaluation, Job
+from .job import Evaluation, Job, Wrap
 from .objectives import (
     Forward,
     Loss,
@@ -84,6 +84,7 @@ def tuning_job(
     unit: str = "examples",
     evaluation: Rows | None = None,
     sums_of: SumsOf | None = None,
+    wrap: Wrap | None = None,
 ) -> Job:
     """Tune a model from the parameters `params`, by a delta or, where `tuned` is None, wholly.
 
@@ -104,6 +105,7 @@ def tuning_job(
         evaluate=evaluation_of(sums_of, evaluation, layout),
         sums_of=sums_of,
         unit=unit,
+        wrap=wrap,
     )
     if tuned is None:
         return job

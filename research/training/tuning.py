@@ -27,12 +27,12 @@ from ..delta import Spec, Tuned, attach, load_delta, read_header, save_delta
 from ..delta.summary import parameter_count
 from ..study.runs import Run
 from .config import TrainingConfig
-from .evaluation import SumsOf
-from .job import Evaluation, Job
+from .evaluation import SumsOf, make_evaluation
+from .job import Evaluation, Job, Wrap
 from .loop import Outcome, train
 from .loss_scale import scaling_for
 from .model_folder import TrainedModel, save_model, with_classifier
-from .objectives import Forward, Loss, classification, language_modelling
+from .objectives import Forward, Loss, classification, delta_tuning, language_modelling
 from .program import build_program
 from .recorder import Report
 from .tasks import evaluation_of, tuning_job
@@ -44,6 +44,7 @@ LOSSES: Mapping[Kind, tuple[Callable[[Forward], Loss], str]] = {
     "text-to-text": (language_modelling, "tokens"),
 }
 """By kind of task its loss, and what that weighs by."""
+Settle = Callable[[Tuned, Mapping[str, Any]], tuple[Tuned, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class TuningTask:
     """What is tuned: a model from its parameters by `spec` (None: all of them), on the rows of each split.
 
     `rows` has `train`, `dev` and perhaps `test`; `notes` are JSON that is stored with what was trained, the
-    `labels` of a classifier among them; `tokenizer` is stored with a whole model.
+    `labels` of a classifier among them; `tokenizer` is stored with a whole model. `wrap` is what a method
+    adds to the optimizer; `settle(tuned, variables)` makes of a trained delta what is measured and stored.
     """
 
     model: Transformer
@@ -71,17 +73,12 @@ class TuningTask:
     kind: Kind = "classification"
     notes: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Tokenizer | Path | None = None
+    wrap: Wrap | None = None
+    settle: Settle | None = None
 
     def tuned(self) -> Tuned | None:
         """The model with its deltas; None where all parameters are tuned."""
         return None if self.spec is None else attach(self.model, self.spec)
-
-    def plain(self, trained: Any, job: Job) -> tuple[Any, Params]:
-        """The tuned model and its parameters, for code that knows nothing of deltas."""
-        if (tuned := self.tuned()) is None:
-            return self.model, trained
-        variables = {"delta": trained, "delta_state": job.frozen["delta_state"]}
-        return self.model, tuned.merge(self.params, variables)
 
     def job(self, config: TrainingConfig, layout: Layout, sums_of: SumsOf | None = None) -> Job:
         """What the training loop is to do."""
@@ -97,10 +94,11 @@ class TuningTask:
             unit=unit,
             evaluation=self.rows["dev"],
             sums_of=sums_of,
+            wrap=self.wrap,
         )
 
 
-Measure = Callable[[TuningTask, Callable[[], tuple[Any, Params]]], Mapping[str, float]]
+Measure = Callable[["TuningTask", Callable[[], tuple[Any, Params]]], Mapping[str, float]]
 """Measurements by name of a task and its tuned model, which the function gives with its parameters."""
 
 
@@ -160,13 +158,28 @@ def finish_run(
     The result has `dev_*` and `test_*` means at the best step by the dev split, `trained_parameters`,
     `stored_bytes` of what the task needs beside the backbone, and `memory_*` bytes of the compiled step.
     """
-    result = _measure(outcome, job, task.rows.get("test"), layout)
-    trained = on_host(outcome.best.evaluated)
-    result |= measure(task, lambda: task.plain(trained, job)) if measure else {}
+    best, memory = outcome.best, outcome.memory
+    trained = on_host(best.evaluated)
+    delta = _settled(task, trained, job)
+    dev: Evaluation = next(means for means in outcome.evaluations if means["step"] == int(best.step))
+    result: dict[str, Any] = {
+        "best_step": dev["step"],
+        **_measured(task, job, best.evaluated, dev, delta, layout),
+    }
+    if measure is not None:
+        result |= measure(task, (lambda: (task.model, trained)) if delta is None else delta.plain)
     if is_main():
-        stored = _store(run.folder, task, trained, job)
+        stored = _store(run.folder, task, trained, delta)
         result["stored_bytes"] = sum(file.stat().st_size for file in stored.rglob("*") if file.is_file())
-    run.finish(result)
+    run.finish(
+        result
+        | {
+            "trained_parameters": parameter_count(best.trainable),
+            "memory_total": memory and memory.total,
+            "memory_arguments": memory and memory.arguments,
+            "memory_temporaries": memory and memory.temporaries,
+        }
+    )
 
 
 def tune_classifier(
@@ -230,28 +243,40 @@ def load_tuned(folder: Path, model: Transformer, params: Params) -> LoadedDelta:
     return LoadedDelta(tuned, variables, params, notes)
 
 
-def _measure(outcome: Outcome, job: Job, test_rows: Rows | None, layout: Layout) -> dict[str, Any]:
-    best, memory = outcome.best, outcome.memory
-    dev: Evaluation = next(means for means in outcome.evaluations if means["step"] == int(best.step))
-    result: dict[str, Any] = {"best_step": dev["step"]}
-    result |= {f"dev_{metric}": value for metric, value in dev.items() if metric != "step"}
+def _settled(task: TuningTask, trained: Any, job: Job) -> LoadedDelta | None:
+    """The trained delta as it is stored; None where all parameters were trained."""
+    if (tuned := task.tuned()) is None:
+        return None
+    variables: Mapping[str, Any] = {"delta": trained, "delta_state": job.frozen["delta_state"]}
+    if task.settle is not None:
+        tuned, variables = task.settle(tuned, variables)
+    return LoadedDelta(tuned, dict(variables), task.params, task.notes)
+
+
+def _measured(
+    task: TuningTask, job: Job, best: Any, dev: Evaluation, delta: LoadedDelta | None, layout: Layout
+) -> dict[str, float]:
+    """Means of the dev and test splits; where the delta was settled, of what that made of it."""
     assert job.sums_of is not None
-    frozen = jax.device_put(job.frozen, layout.parameters(job.frozen, job.axes))
-    if (test := evaluation_of(job.sums_of, test_rows, layout)) is not None:
-        result |= {f"test_{metric}": value for metric, value in test(best.evaluated, frozen).items()}
-    return result | {
-        "trained_parameters": parameter_count(best.trainable),
-        "memory_total": memory and memory.total,
-        "memory_arguments": memory and memory.arguments,
-        "memory_temporaries": memory and memory.temporaries,
-    }
+    sums_of, frozen, means = job.sums_of, job.frozen, dict(dev)
+    if delta is not None and task.settle is not None:
+        best, frozen = delta.variables["delta"], delta.frozen
+        sums_of = make_evaluation(LOSSES[task.kind][0](delta_tuning(delta.tuned)))
+    frozen = jax.device_put(frozen, layout.parameters(frozen, job.axes))
+    if task.settle is not None:
+        evaluated = evaluation_of(sums_of, task.rows["dev"], layout)
+        means = evaluated(best, frozen) if evaluated else means
+    result = {f"dev_{metric}": value for metric, value in means.items() if metric != "step"}
+    if (test := evaluation_of(sums_of, task.rows.get("test"), layout)) is not None:
+        result |= {f"test_{metric}": value for metric, value in test(best, frozen).items()}
+    return result
 
 
-def _store(folder: Path, task: TuningTask, trained: Params, job: Job) -> Path:
-    tuned, labels = task.tuned(), task.notes.get("labels", ())
-    if tuned is None:
-        kept = {"labels": labels, "tokenizer": task.tokenizer, "notes": task.notes}
-        save_model(folder / MODEL, task.model, trained, **kept)
+def _store(folder: Path, task: TuningTask, trained: Params, delta: LoadedDelta | None) -> Path:
+    if delta is None:
+        labels = task.notes.get("labels", ())
+        save_model(
+            folder / MODEL, task.model, trained, labels=labels, tokenizer=task.tokenizer, notes=task.notes
+        )
         return folder / MODEL
-    variables = {"delta": trained, "delta_state": job.frozen["delta_state"]}
-    return save_delta(folder / DELTA, tuned, variables, task.params, notes=task.notes)
+    return save_delta(folder / DELTA, delta.tuned, delta.variables, delta.params, notes=task.notes)

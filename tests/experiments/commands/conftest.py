@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -199,3 +200,37 @@ def contents(folder):
 def contents_of():
     """`contents`, for tests."""
     return contents
+
+
+@pytest.fixture(scope="session")
+def tiny_published(tmp_path_factory):
+    """`(family) -> folder` of a small published checkpoint that knows the words of `data`."""
+    place = Path(__file__).with_name("tiny_published.py")
+    spec = importlib.util.spec_from_file_location("modicum_tiny_published", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    words, written = [*FILLING, *WORDS["negative"], *WORDS["positive"], "negative", "positive", "so"], {}
+
+    def folder(family):
+        if family not in written:
+            place = tmp_path_factory.mktemp("published") / family
+            written[family] = module.write(place, family, words)
+        return written[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A folder with splits of pairs of texts: whether both have a word of the same kind."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for seed, (split, count) in enumerate({"train": 96, "dev": 24, "test": 24}.items()):
+        both = zip(sentences(count, seed), sentences(count, seed + 10))
+        rng = random.Random(seed)
+        rows = []
+        for one, two in both:
+            other = two if rng.random() < 0.5 else next(sentences(1, rng.randint(0, 9)))
+            same = int(one["label"] == other["label"])
+            rows.append({"one": one["text"], "two": other["text"], "same": same})
+        write_rows(folder / f"{split}.jsonl", rows)
+    return folder

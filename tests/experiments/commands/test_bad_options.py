@@ -160,7 +160,7 @@ def test_debug_shows_where_it_arose(modicum, tmp_path):
         (["trian", "data"], "trian"),
         (["train", "data", "--learning-rat", "1e-3"], "--learning-rate"),
         (["train"], "Missing from modicum train"),
-        (["tune", "model", "--data", "data", "lorra"], "lora, adapter, bitfit, probe, full"),
+        (["tune", "model", "--data", "data", "lorra"], "lora, dora, adalora, "),
         (["train", "data", "--steps", "many"], "--steps"),
         (["train", "data", "--precision", "fp8"], "fp32"),
         ([], "quickstart"),
