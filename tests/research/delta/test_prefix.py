@@ -14,7 +14,7 @@ from modicum.models.cache import Cache
 from modicum.models.kernels.spans import Span
 from modicum.models.positions import Learned
 from modicum.models.precision import FP64
-from modicum.research.delta import FlaxPrefix, LoRA, Prefix, ShiftPositions, attach
+from modicum.research.delta import FlaxPrefix, LoRA, Prefix, ShiftPositions, attach, load_delta, save_delta
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -261,6 +261,60 @@ def test_a_users_flax_module_is_left_as_it_was(x64):
     np.testing.assert_allclose(tuned.apply(off, params, X), base, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(model.apply({"params": params}, X), base)
     assert mine.attention_fn is before and model.given is mine
+
+
+class Lifted(nn.Module):
+    """Three layers whose attention, or whose layers, are lifted."""
+
+    lift: str
+
+    @nn.compact
+    def __call__(self, x):
+        kind = nn.MultiHeadDotProductAttention
+        kind = nn.remat(kind) if self.lift == "remat" else kind
+
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return x + kind(2, name="mix")(x, mask=nn.make_causal_mask(x[..., 0])), None
+
+        if self.lift == "scan":
+            scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return scan(name="layers")(x)[0]
+        for index in range(3):
+            x = Layer(name=f"layers_{index}")(x)[0]
+        return x
+
+
+@pytest.mark.parametrize("lift", ["remat", "scan"])
+@pytest.mark.parametrize("address", ["mix", "layers_{0,2}/mix"])
+def test_flax_attention_under_lifts(address, lift, x64):
+    """The same numbers as unlifted, and layers of a scan outside the address compute what they did."""
+
+    def stacked(tree):
+        if lift != "scan" or not tree:
+            return tree
+        return {"layers": jax.tree.map(lambda *rows: jnp.stack(rows), *tree.values())}
+
+    plain, other = (attach(Lifted(each), {address: FlaxPrefix(N)}) for each in ("", lift))
+    params = Lifted("").init(jax.random.key(0), X)["params"]
+    variables = plain.init(jax.random.key(1), params, X)
+    moved = {part: stacked(tree) for part, tree in variables.items()}
+    wanted = jax.jit(plain.apply)(variables, params, X)
+    got = jax.jit(other.apply)(moved, stacked(params), X)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+    made = other.init(jax.random.key(1), stacked(params), X)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, moved)
+
+
+def test_stored_with_its_shift(tmp_path, x64):
+    spec = {"attention": Prefix(N, std=0.5), "": ShiftPositions(N)}
+    tuned, variables, params = tuned_model(spec, positions=Learned(12))
+    save_delta(tmp_path, tuned, variables, params)
+    again, found = load_delta(tmp_path, tuned.model, params)
+    assert again == tuned
+    assert jax.tree.map(jnp.dtype, found) == jax.tree.map(jnp.dtype, variables)
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
 
 
 def test_errors():
