@@ -7,8 +7,13 @@ import optax
 import pytest
 
 from modicum import InputError
+from modicum.models.attention import GroupedQuery
+from modicum.models.transformer import Transformer, TransformerConfig
+from modicum.research.delta import AdaLoRA, attach
+from modicum.research.training.objectives import delta_tuning, language_modelling, penalised
 from modicum.research.training.rank_allocation import Budget, rank_allocation
 from modicum.research.training.state import create_state
+from modicum.research.training.step import make_train_step
 
 RATE, STEPS, WARMUP, FINAL, EVERY, TARGET, RANK = 0.1, 20, 2, 5, 3, 2, 6
 SETTINGS = {"target": TARGET, "steps": STEPS, "warmup": WARMUP, "final": FINAL, "every": EVERY}
@@ -211,3 +216,32 @@ def test_pefts_allocator_masks_the_same(x64):
         allocator.update_and_allocate(model, step)
         theirs = [getattr(model, name).lora_E["default"].detach().numpy()[:, 0] for name in start]
         np.testing.assert_allclose(values(tree), np.stack(theirs), rtol=1e-12, atol=1e-14)
+
+
+def test_a_training_run_ends_at_the_budget_and_resumes_in_between(quick_compile):
+    """With the train step, the penalty, scanned layers and a state that went through memory and back."""
+    model = Transformer(
+        config=TransformerConfig(layers=2, width=8, vocab=20, attention=GroupedQuery(2, 1), scan=True)
+    )
+    rows = np.random.default_rng(0).integers(0, 20, (4, 7))
+    batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "weights": np.ones((4, 6), np.float32)}
+    params = jax.jit(model.init)(jax.random.key(0), batch["tokens"])
+    tuned = attach(model, {"attention/(query|output)": AdaLoRA(3)})
+    variables = tuned.init(jax.random.key(1), params, batch["tokens"])
+    frozen = {"params": params, "delta_state": variables["delta_state"]}
+    optimizer = rank_allocation(optax.adamw(1e-2), target=1, steps=6, warmup=1, final=2)
+    loss = penalised(language_modelling(delta_tuning(tuned)), tuned)
+    step = jax.jit(make_train_step(loss, optimizer))
+    state = create_state(variables["delta"], optimizer)
+    states = []
+    for _ in range(6):
+        state, metrics = step(state, frozen, batch)
+        states.append(jax.tree.map(np.asarray, state))
+        assert metrics["finite"]
+    sites = states[-1].trainable["layers"]["attention"]
+    kept = [sites[name]["~adalora"]["e"] for name in ("query", "output")]
+    assert sum(int((e != 0).sum()) for e in kept) == 2 * 2  # a rank for each of two sites in two layers
+    resumed = states[2]
+    for _ in range(3):
+        resumed, _ = step(resumed, frozen, batch)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, resumed), states[-1])
