@@ -63,7 +63,8 @@ def nnx_model(module: Any) -> tuple[NNXModel, dict[str, Any]]:
 
     if not isinstance(module, nnx.Module):
         raise InputError(f"attach_nnx takes an NNX module; {type(module).__name__} is none")
-    graphdef, trained, rest = nnx.split(module, nnx.Param, ...)
+    parts: Any = nnx.split(module, nnx.Param, ...)
+    graphdef, trained, rest = parts
     for keys, variable in nnx.to_flat_state(rest):
         if not isinstance(variable, nnx.RngState):
             raise InputError(
@@ -261,7 +262,8 @@ def _hook(module: Any, act: Act, at: Iterable[str]) -> None:
     found = tuple(sorted(name for name in at if callable(getattr(type(module), name, None))))
     if found:
         setattr(module, ACT, act)
-        module.__class__ = _hooked(type(module), found)
+        cls: Any = type(module)
+        module.__class__ = _hooked(cls, found)
 
 
 @functools.cache  # one class for one class: graph definitions compare classes

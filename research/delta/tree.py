@@ -21,6 +21,7 @@ from .addresses import Hit
 from .attach import Tuned
 from .folding import NUMBERED, spans
 from .methods import LeafMethod
+from .trees import leaf_paths, node_at
 
 STATUSES = ("frozen", "tuned", "added", "fixed")
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -124,9 +125,9 @@ def tree(tuned: Tuned, params: Mapping[str, Any], variables: Mapping[str, Any]) 
     leaves: dict[tuple[str, ...], Node] = {}
     hits = tuned.hits(variables, params)
     replaced = {path for path, entry in hits if isinstance(entry.method, LeafMethod)}
-    for keys, leaf in flatten_dict(dict(params)).items():
-        status = "tuned" if "/".join(keys) in replaced else "frozen"
-        leaves[keys] = _array(keys[-1], leaf, status)
+    for path in leaf_paths(params):
+        keys = tuple(path.split("/"))
+        leaves[keys] = _array(keys[-1], node_at(params, path), "tuned" if path in replaced else "frozen")
     notes = {f"{path}/{entry.name}".strip("/"): _rows_text(hit) for (path, entry), hit in hits.items()}
     for part, status in (("delta", "added"), ("delta_state", "fixed")):
         for keys, leaf in flatten_dict(dict(variables.get(part, {}))).items():

@@ -10,8 +10,18 @@ import optax
 import pytest
 
 from modicum import InputError
-from modicum.research.delta import BitFit, Full, LoRA, attach, attach_leaves, load_delta, save_delta
+from modicum.research.delta import (
+    BitFit,
+    Full,
+    LoRA,
+    attach,
+    attach_leaves,
+    load_delta,
+    parameter_count,
+    save_delta,
+)
 from modicum.research.delta.leaves import FunctionModel
+from modicum.research.delta.tree import tree
 
 X = jax.random.normal(jax.random.key(7), (6, 4))
 PARAMS = {
@@ -226,6 +236,7 @@ def test_trees_of_other_libraries(kind, address, paths, tmp_path):
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     np.testing.assert_array_equal(function(merged, X), tuned.apply(variables, params, X))
     assert jnp.abs(function(merged, X) - function(params, X)).max() > 1e-3
+    assert tree(tuned, params, variables).trained == parameter_count(variables["delta"])
     save_delta(tmp_path, tuned, variables, params)
     again, found = load_delta(tmp_path, FunctionModel(function), params)
     np.testing.assert_array_equal(again.apply(found, params, X), tuned.apply(variables, params, X))

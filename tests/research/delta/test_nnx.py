@@ -10,14 +10,19 @@ from flax import nnx
 from modicum import InputError
 from modicum.research.delta import (
     IA3,
+    OFT,
     SAID,
     Adapter,
     BitFit,
+    Compacter,
     DiffPruning,
+    DoRA,
     Full,
     LayerNormTuning,
     LoRA,
+    ParallelAdapter,
     RandomSubset,
+    VeRA,
     attach,
     attach_nnx,
     load_delta,
@@ -132,6 +137,12 @@ METHODS = {
     "bitfit": {"": BitFit()},
     "norms": {"": LayerNormTuning()},
     "full": {"up": Full()},
+    "dora": {"(query|up)": DoRA(2)},
+    "pissa": {"(up|out)": LoRA(2, initialisation="pissa")},
+    "vera": {"attention/(query|value)": VeRA(4)},
+    "oft": {"(query|up)": OFT(4)},
+    "parallel adapter": {"attention": ParallelAdapter(3)},
+    "compacter": {"out": Compacter(2, 2)},
     "several": {"attention/query": [LoRA(2), LoRA(1), Adapter(2)], "norm": BitFit()},
 }
 
