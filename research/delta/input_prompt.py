@@ -33,9 +33,9 @@ class InputPrompt(SiteMethod):
 
     Segments and attention masks `[B, T]` begin with the row's first segment, token types with 0; positions
     given by the caller move up by n. Outputs `[B, n + T, ...]` of three axes or more lose the prompt's part,
-    others (`[B, labels]`) stay. In an encoder-decoder the encoder reads the prompt, as in PEFT. With a cache
-    the first call puts it there, so the cache needs n slots more. `embed` is the path of the module that
-    embeds tokens. No `mask=` can be given: who is to see the prompt would be a guess.
+    others (`[B, labels]`) stay. In an encoder-decoder the encoder reads it, as in PEFT. An empty cache
+    grows by n slots, which the first call fills; later calls find the prompt there. `embed` is the path of
+    the module that embeds tokens. No `mask=` can be given: who is to see the prompt would be a guess.
     """
 
     length: int = 100
@@ -80,6 +80,9 @@ class InputPrompt(SiteMethod):
         kwargs = {key: self._padded(key, value, tokens) for key, value in kwargs.items() if key != name}
         args = (padded, *args[1:]) if name is None else ()
         kwargs = kwargs if name is None else {name: padded, **kwargs}
+        if cache is not None and "decoder_tokens" not in kwargs:
+            room = jnp.pad(cache.segments, ((0, 0), (0, self.length)))
+            kwargs["cache"] = cache.replace(segments=room)
         with nn.intercept_methods(self._embedding(self.prompt(variables))):
             output = call(*args, **kwargs)
         if "decoder_tokens" in kwargs:

@@ -19,6 +19,7 @@ from modicum.models import (
     TransformerConfig,
 )
 from modicum.models.cache import Cache
+from modicum.models.generation import generate
 from modicum.models.kernels import Causal
 from modicum.models.positions import Learned
 from modicum.models.precision import FP64
@@ -27,6 +28,7 @@ from modicum.research.delta import (
     Prefix,
     PromptEncoder,
     SoftPrompt,
+    as_transformer,
     attach,
     folded,
     load_delta,
@@ -141,15 +143,15 @@ def test_decoding_with_a_cache_is_the_full_pass(given, x64):
     at = np.maximum(np.cumsum(LEFT, 1) - 1, 0)
     run = jax.jit(tuned.apply)
     full = run(variables, params, TOKENS, segments=LEFT, positions=at)
-    pieces, cache = [], Cache.empty(2, 6 + N)
+    pieces, cache = [], Cache.empty(2, 6)
     for start, end in ((0, 4), (4, 5), (5, 6)):
         more = {"segments": LEFT[:, :4]} if start == 0 else {}
         more |= {"positions": at[:, start:end]} if given else {}
         out, cache = run(variables, params, TOKENS[:, start:end], cache=cache, **more)
         pieces.append(out)
     np.testing.assert_allclose(jnp.concatenate(pieces, 1)[LEFT > 0], full[LEFT > 0], rtol=0, atol=1e-10)
-    with pytest.raises(InputError, match="9 tokens do not fit a cache of capacity 6"):
-        tuned.apply(variables, params, TOKENS, cache=Cache.empty(2, 6))
+    with pytest.raises(InputError, match="9 tokens do not fit a cache of capacity 8"):
+        tuned.apply(variables, params, TOKENS, cache=Cache.empty(2, 5))
 
 
 def test_it_starts_as_words_of_the_vocabulary(x64):
@@ -276,8 +278,27 @@ def test_adding_a_prompt_to_a_cached_call_compiles_once(x64):
         traces.append(1)
         return tuned.apply(variables, params, token, cache=cache)
 
-    cache = tuned.apply(variables, params, TOKENS[:, :3], cache=Cache.empty(2, 9))[1]
+    cache = tuned.apply(variables, params, TOKENS[:, :3], cache=Cache.empty(2, 6))[1]
     cache = cache.replace(length=jnp.asarray(cache.length, jnp.int32))
     for column in (3, 4, 5):
         _, cache = step(variables, TOKENS[:, column : column + 1], cache)
-    assert len(traces) == 1 and int(cache.length) == 6 + N
+    assert len(traces) == 1 and int(cache.length) == cache.capacity == 6 + N
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+def test_text_after_a_prompt(scan, x64):
+    """Rows of unequal lengths, padded on the left, against the full pass for each token of each row."""
+    options = {"positions": Learned(64), "scan": scan, "layers": 2}
+    tuned, variables, params = tuned_model({"": SoftPrompt(N), "attention": Prefix(2)}, **options)
+    params = {**params, "embedding": {"table": 3 * params["embedding"]["table"]}}
+    texts = [[5, 9, 3, 22], [7, 1], [30, 2, 2, 17, 40, 8]]
+    model, whole = as_transformer(tuned, variables, params)
+    found = [row.tolist() for row in generate(model, whole, texts, max_new_tokens=5).rows()]
+    run = jax.jit(tuned.apply)
+    for text, new in zip(texts, found):
+        for token in new:
+            row = np.array([text + [0] * (11 - len(text))])
+            logits = run(variables, params, row, segments=(np.arange(11) < len(text))[None].astype(int))
+            assert token == int(logits[0, len(text) - 1].argmax())
+            text = [*text, token]
+    assert found != [row.tolist() for row in generate(tuned.model, params, texts, max_new_tokens=5).rows()]
