@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from .... import InputError
 from ....models.pretrained import Pretrained
-from ....models.pretrained.files import listed
+from ....models.pretrained.files import listed, locate
 from ....models.pretrained.registry import family
 from ..attach import Tuned, attach
 from ..full import Full
 from ..methods import Method
-from .config import Config
-from .files import PREFIX, ROOT, Tensors, read_tensors
+from .config import CONFIG, Config
+from .files import PREFIX, ROOT, TENSORS, Tensors, read_tensors
 from .kinds import codec_of
 from .modules import Base, base_of
 from .places import filled, specification
@@ -28,18 +28,20 @@ def load_peft(
     folder: str | Path,
     pretrained: Pretrained,
     *,
+    revision: str = "",
     rng: jax.Array | None = None,
     ignore: Collection[str] = (),
 ) -> tuple[Tuned, dict[str, Any]]:
-    """The tuned model and the variables of a PEFT adapter on the model it was made for.
+    """The tuned model and the variables of a PEFT adapter, in a folder or of a name on the Hugging Face hub.
 
+    `pretrained` is the model that it was made for, `revision` a commit, tag or branch on the hub.
     `rng` is for what files do not hold (dropout's seeds); `ignore` names keys of adapter_config.json to pass
     over although nobody here knows them. Modules trained in full (`modules_to_save`) become `Full`. Raises
     `InputError`, in one line, for a file that is absent or damaged, for a variant that is not supported and
     for tensors that the model has no place for. The adapter does not say which weights it belongs to: that
     they are these, nobody checks.
     """
-    folder = Path(folder)
+    folder = locate(folder, revision, (CONFIG, TENSORS))
     config = Config.open(folder)
     config.ignore(*ignore)
     codec = codec_of(config)

@@ -17,7 +17,6 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from modicum.models.pretrained import Pretrained, load_pretrained  # noqa: E402
-from modicum.models.pretrained.files import TensorFiles  # noqa: E402, F401
 from modicum.research.delta import attach  # noqa: E402
 from modicum.research.delta.peft import load_peft, save_peft  # noqa: E402
 
@@ -26,8 +25,8 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 LOGITS, STEPS, COUNT = 1e-5, 1e-4, 5
-RATE, DECAY, EPSILON = 3e-3, 1e-2, 1e-5
-VOCAB, LABELS = 61, 3
+RATE, DECAY, EPSILON = 3e-3, 1e-2, 1e-8
+VOCAB, LABELS, IGNORED = 61, 3, -100
 DECODER = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
 
 
@@ -162,13 +161,21 @@ def build(name, folder) -> Case:
 def batch(name, seed=0, rows=2, length=9):
     """(inputs with the oracle's names, targets) of one step."""
     draw = np.random.default_rng(seed)
-    ids = draw.integers(3, VOCAB, (rows, length))
+    ids, mask = draw.integers(3, VOCAB, (rows, length)), np.ones((rows, length), np.int64)
+    mask[-1, -3:] = 0  # the last row ends in padding
+    inputs = {"input_ids": ids, "attention_mask": mask}
     if name == "bert":
-        return {"input_ids": ids}, draw.integers(0, LABELS, rows)
+        return inputs, draw.integers(0, LABELS, rows)
     if name == "t5":
         decoder = draw.integers(3, VOCAB, (rows, 6))
-        return {"input_ids": ids, "decoder_input_ids": decoder}, draw.integers(3, VOCAB, (rows, 6))
-    return {"input_ids": ids}, draw.integers(3, VOCAB, (rows, length))
+        return {**inputs, "decoder_input_ids": decoder}, draw.integers(3, VOCAB, (rows, 6))
+    return inputs, np.where(mask > 0, draw.integers(3, VOCAB, (rows, length)), IGNORED)
+
+
+def real(logits, inputs):
+    """Logits without those of padding, as rows."""
+    per_token = logits.ndim == 3 and "decoder_input_ids" not in inputs
+    return logits[np.asarray(inputs["attention_mask"]) > 0] if per_token else logits
 
 
 def their_logits(model, inputs):
@@ -181,7 +188,8 @@ def their_logits(model, inputs):
 def our_logits(tuned, variables, params, inputs):
     """The same of ours."""
     extra = {"decoder_tokens": inputs["decoder_input_ids"]} if "decoder_input_ids" in inputs else {}
-    return tuned.apply(variables, params, jnp.asarray(inputs["input_ids"]), **extra)
+    segments = jnp.asarray(inputs["attention_mask"], jnp.int32)
+    return tuned.apply(variables, params, jnp.asarray(inputs["input_ids"]), segments=segments, **extra)
 
 
 def gap(found, expected):
@@ -193,14 +201,16 @@ def gap(found, expected):
 
 def expected_logits(case, model):
     """The oracle's logits on one batch."""
+    inputs, _ = batch(case.name, seed=7)
     with torch.no_grad():
-        return their_logits(model, batch(case.name, seed=7)[0]).numpy()
+        return real(their_logits(model, inputs).numpy(), inputs)
 
 
 def found_logits(case, tuned):
     """A compiled function of the variables: ours on the same batch."""
     inputs, _ = batch(case.name, seed=7)
-    return jax.jit(lambda variables: our_logits(tuned, variables, case.pretrained.params, inputs))
+    apply = jax.jit(lambda variables: our_logits(tuned, variables, case.pretrained.params, inputs))
+    return lambda variables: real(apply(variables), inputs)
 
 
 def train_theirs(case, model, penalty=None):
@@ -229,8 +239,9 @@ def train_ours(case, tuned, variables):
 
     def loss(delta, state, inputs, targets):
         logits = our_logits(tuned, {"delta": delta, "delta_state": state}, case.pretrained.params, inputs)
-        picked = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-        return picked + tuned.penalty({"delta": delta, "delta_state": state})
+        counted = targets != IGNORED
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, targets, 0))
+        return losses.mean(where=counted) + tuned.penalty({"delta": delta, "delta_state": state})
 
     @jax.jit
     def step(delta, moments, inputs, targets):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modicum.research.delta import DoRA, LoRA
+from modicum.research.delta import LoRA
 
 from .oracle import FAMILIES, exchange, made_here, peft
 
@@ -59,38 +59,6 @@ def test_starts_from_the_weights(bases, tmp_path, name, start):
     exchange(bases(name), start, config, tmp_path, exact=False)
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["LoRA", "DoRA"])
-def test_fused(bases, tmp_path, weighted):
-    """A is copied and B split, so what comes back is the file that was."""
-    config = lora("gpt2", target_modules=["c_attn", "c_fc"], use_dora=weighted)
-    kind = "DoRA" if weighted else "LoRA"
-    exchange(bases("gpt2"), f"{kind}, fused", config, tmp_path, train=False)
-
-
-FUSED = {
-    "query and value": ({"attention/(query|value)": LoRA(4, 8.0)}, 8),
-    "all three": ({"attention/(query|key|value)": LoRA(4, 8.0)}, 12),
-    "three ranks, one scale": (
-        {
-            f"attention/{name}": LoRA(rank, 3.0 * rank)
-            for name, rank in (("query", 2), ("key", 3), ("value", 4))
-        },
-        9,
-    ),
-    "two scales": ({"attention/query": LoRA(4, 8.0), "attention/value": LoRA(4, 4.0)}, 8),
-    "rank-stabilised": ({"attention/(query|value)": LoRA(4, 7.0, rank_stabilised=True)}, 8),
-    "DoRA": ({"attention/(query|value)": DoRA(4, 8.0)}, 8),
-}
-
-
-@pytest.mark.parametrize("spec,rank", FUSED.values(), ids=FUSED)
-def test_separate_deltas_are_stacked_in_a_fused_matrix(bases, tmp_path, spec, rank):
-    case = bases("gpt2")
-    tuned, variables = case.made(spec)
-    config = made_here(case, "LoRA, stacked", tuned, variables, tmp_path, again="attention/query" not in spec)
-    assert config["r"] == rank
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_made_here(bases, tmp_path, name):
     case = bases(name)
@@ -105,3 +73,12 @@ def test_a_start_from_the_weights_made_here(bases, tmp_path):
     tuned, variables = case.made({"attention/query": LoRA(3, 6.0, initialisation="pissa")})
     config = made_here(case, "PiSSA, made here", tuned, variables, tmp_path, again=False)
     assert (config["r"], config["lora_alpha"]) == (6, 12.0)
+
+
+def test_heads_and_poolers(bases, tmp_path):
+    """LoRA at the matrix of the logits, and at a pooler beside a classifier that is trained in full."""
+    case = bases("llama")
+    exchange(case, "LoRA of the logits", lora("llama", target_modules=["lm_head"]), tmp_path, train=False)
+    case = bases("bert")
+    config = lora("bert", target_modules=["pooler.dense", "output.dense"])
+    exchange(case, "LoRA of the pooler", config, tmp_path / "bert", train=False)
