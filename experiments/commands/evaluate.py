@@ -75,7 +75,7 @@ class Evaluate:
 
         cache_compilations()
         if self.delta is not None:
-            means = self._tuned(find_delta(self.delta))
+            means = self._tuned(self.delta)
         elif self.stride or is_published(self.model):
             self._sliding()
             return 0
@@ -159,8 +159,9 @@ class Evaluate:
         from ...research.delta import read_header
         from ...research.training.objectives import delta_tuning
         from ...research.training.tuning import load_tuned
-        from .language_models import open_backbone
+        from .language_models import find_delta, open_backbone
 
+        folder = find_delta(folder)
         notes = read_header(folder).get("notes", {})
         speaker = open_backbone(self.model, notes, self.ignore)
         delta = load_tuned(folder, speaker.model, speaker.params)
@@ -204,13 +205,3 @@ class Evaluate:
         positions = trained.model.config.positions
         positions.require(self.length)
         return self.length or positions.limit or UNLIMITED_LENGTH
-
-
-def find_delta(path: Path) -> Path:
-    """The delta folder at `path`: itself, or the `delta` of a finished run."""
-    for folder in (path, path / "delta"):
-        if (folder / "delta.json").is_file():
-            return folder
-    if (path / "model" / "model.json").is_file():
-        raise InputError(f"{path} holds a whole model, no delta: evaluate {path} itself, without --delta")
-    raise InputError(f"{path} holds no delta.json; give a delta folder or a finished run of `modicum tune`")

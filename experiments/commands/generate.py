@@ -32,6 +32,8 @@ class Generate:
 
     model: tyro.conf.Positional[str]
     """A folder with config.json, safetensors and a tokenizer; a hub name; or a run of `modicum train`."""
+    delta: Path | None = None
+    """A delta folder, or a finished run of `modicum tune --target-column`, on this model."""
     prompt: str = ""
     """The text to continue; an encoder-decoder's input."""
     prompts: Path | None = None
@@ -61,13 +63,16 @@ class Generate:
     def run(self) -> int:
         """Print the continuations."""
         from .compilation import cache_compilations
-        from .language_models import open_language_model
+        from .language_models import open_language_model, open_tuned
 
         texts = self._texts()
         self._check()
         sampling = self._sampling()
         cache_compilations()
-        speaker = open_language_model(self.model, self.dtype, self.ignore)
+        if self.delta is not None:
+            speaker = open_tuned(self.model, self.delta, self.ignore)
+        else:
+            speaker = open_language_model(self.model, self.dtype, self.ignore)
         if speaker.reads_json:
             self._answer(speaker, texts)
         elif self.beams > 1:
@@ -92,6 +97,8 @@ class Generate:
         return lines
 
     def _check(self) -> None:
+        if self.delta is not None and self.dtype != "float32":
+            raise InputError(f"--delta belongs to parameters in float32: leave out --dtype {self.dtype}")
         if self.beams < 1:
             raise InputError(f"beams={self.beams} must be at least 1")
         narrowed = [name for name, all_of_them in NARROWING.items() if getattr(self, name) != all_of_them]

@@ -105,6 +105,35 @@ def open_backbone(path: str, notes: Mapping[str, Any], ignore: Sequence[str] = (
     return open_body(path, ignore) if classifies else open_language_model(path, "float32", ignore)
 
 
+def open_tuned(path: str, delta: Path, ignore: Sequence[str] = ()) -> LanguageModel:
+    """The model at `path` with a text-to-text delta of `modicum tune`.
+
+    Raises `InputError` for a delta that classifies, and one of another backbone.
+    """
+    from ...research.delta import read_header
+    from ...research.training.tuning import load_tuned
+
+    folder = find_delta(delta)
+    notes = read_header(folder).get("notes", {})
+    if notes.get("kind") != "text-to-text":
+        raise InputError(
+            f"{folder} classifies: `modicum evaluate` measures it; generating needs text-to-text"
+        )
+    speaker = open_backbone(path, notes, ignore)
+    model, params = load_tuned(folder, speaker.model, speaker.params).plain()
+    return replace(speaker, model=model, params=params)
+
+
+def find_delta(path: Path) -> Path:
+    """The delta folder at `path`: itself, or the `delta` of a finished run."""
+    for folder in (path, path / "delta"):
+        if (folder / "delta.json").is_file():
+            return folder
+    if (path / "model" / "model.json").is_file():
+        raise InputError(f"{path} holds a whole model, no delta: evaluate {path} itself, without --delta")
+    raise InputError(f"{path} holds no delta.json; give a delta folder or a finished run of `modicum tune`")
+
+
 def open_own(path: str) -> LanguageModel:
     """What a command left at `path`, whatever it ends in."""
     from ...research.training.model_folder import find_model, load_model

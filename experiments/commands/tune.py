@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import tyro
 
 from ... import InputError
-from .method_kinds import TuningMethod
+from .method_kinds import SiteOrLeaf, TuningMethod
 from .methods import Method
 from .options import PlacementOptions, TrainingOptions
 from .reading import Reading
@@ -87,6 +87,8 @@ class Tune:
     pooling: Literal["auto", "last", "first", "mean"] = "auto"
     """What is classified: the last token's hidden state, the first's, or the mean. Auto: a decoder's last, an
     encoder's mean."""
+    peft: Path | None = None
+    """Write the best text-to-text delta on a published model to this folder too, as an adapter of PEFT."""
     ignore: tuple[str, ...] = ()
     """Keys of a published config.json to pass over although nobody here knows them."""
     training: TrainingOptions = field(default_factory=lambda: TrainingOptions(steps=300, evaluate_every=75))
@@ -99,6 +101,7 @@ class Tune:
         configs = self._configs()
         reading = self._reading()
         self.method.check(self.training.steps)  # what is wrong with it is said before anything is read
+        self._check_peft(reading)
         layout = self.placement.layout(self.training.batch)
         prepared = self._prepare(reading)
         runs = TuningRuns(
@@ -112,9 +115,11 @@ class Tune:
         )
         try:
             best = runs.choose(configs, self.sweep)
-            runs.conclude(best, self.seeds)
+            folder = runs.conclude(best, self.seeds)
         except Unfinished as stopped:
             return stopped.code
+        if self.peft is not None:
+            runs.save_peft(folder, self.peft)
         return 0
 
     def _configs(self) -> list[TrainingConfig]:
@@ -126,6 +131,23 @@ class Tune:
             raise InputError(f"seeds={self.seeds} must be at least 1")
         metric: Literal["loss", "accuracy"] = "loss" if self.target_column else "accuracy"
         return [self.training.config(rate, metric) for rate in self.learning_rate]
+
+    def _check_peft(self, reading: Reading) -> None:
+        """Refuse at once what PEFT's files cannot say of this run."""
+        from ...research.delta.peft.kinds import codec_for
+        from .language_models import is_own
+
+        if self.peft is None:
+            return
+        if reading.kind == "classification":
+            raise InputError(
+                "--peft writes text-to-text deltas: PEFT's classifiers end in heads of their own"
+            )
+        if is_own(self.model):
+            raise InputError(f"--peft is for published models, and {self.model} is none")
+        method = self.method.method() if isinstance(self.method, SiteOrLeaf) else None
+        if method is None or codec_for(method) is None:
+            raise InputError(f"--peft: PEFT has no {self.method.command}")
 
     def _reading(self) -> Reading:
         return Reading(self.text_column, self.pair_column, self.prompt, self.label_column, self.target_column)

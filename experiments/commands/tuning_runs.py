@@ -22,7 +22,7 @@ from ...research.study.runs import METRICS, Run
 from ...research.training.config import TrainingConfig
 from ...research.training.loop import Outcome
 from ...research.training.stopping import NonFiniteLoss
-from ...research.training.tuning import Tuner, TuningTask
+from ...research.training.tuning import DELTA, Tuner, TuningTask, load_tuned
 from .language_models import LanguageModel
 from .progress import say, training_bar
 from .reading import exactly_answered
@@ -90,8 +90,8 @@ class TuningRuns:
             say("\n".join(table(found)))
         return found.best
 
-    def conclude(self, best: TrainingConfig, seeds: int) -> None:
-        """Train the further seeds, and say what came out."""
+    def conclude(self, best: TrainingConfig, seeds: int) -> Path:
+        """Train the further seeds and say what came out; returns the folder of the best run."""
         chosen = [replace(best, seed=best.seed + number) for number in range(seeds)]
         for config in chosen[1:]:
             self.advance(config, config.steps, alone=True)
@@ -109,6 +109,17 @@ class TuningRuns:
             f"best: {self.opened[ranked].folder}: {test}{result['trained_parameters']:,} trained parameters, "
             f"{result['stored_bytes']:,} bytes stored"
         )
+        return self.opened[ranked].folder
+
+    def save_peft(self, folder: Path, target: Path) -> None:
+        """Write the delta of a finished run as an adapter of PEFT."""
+        from ...research.delta.peft import save_peft
+
+        assert self.speaker.pretrained is not None
+        if is_main():
+            delta = load_tuned(folder / DELTA, self.speaker.model, self.speaker.params)
+            save_peft(target, delta.tuned, delta.variables, self.speaker.pretrained)
+        say(f"{target}: the same as an adapter of PEFT")
 
     def open(self, config: TrainingConfig) -> Run:
         """The run of one learning rate and seed."""

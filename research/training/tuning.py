@@ -23,7 +23,7 @@ from ...parallel.processes import is_main
 from ..data.batches import Rows
 from ..data.examples import Examples
 from ..data.tokenizers import Tokenizer
-from ..delta import Spec, Tuned, attach, load_delta, read_header, save_delta
+from ..delta import Spec, Tuned, as_transformer, attach, load_delta, read_header, save_delta
 from ..delta.summary import parameter_count
 from ..study.runs import Run
 from .config import TrainingConfig
@@ -225,8 +225,8 @@ class LoadedDelta(NamedTuple):
         return {"params": self.params, "delta_state": self.variables["delta_state"]}
 
     def plain(self) -> tuple[Any, Params]:
-        """The tuned model and its parameters, for code that knows nothing of deltas."""
-        return self.tuned.model, self.tuned.merge(self.params, self.variables)
+        """The tuned model and its parameters, for code that knows nothing of deltas, such as `generate`."""
+        return as_transformer(self.tuned, self.variables, self.params)
 
 
 def load_tuned(folder: Path, model: Transformer, params: Params) -> LoadedDelta:
