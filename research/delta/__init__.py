@@ -33,6 +33,7 @@ from .nnx import NNXModel, attach_nnx, nnx_model
 from .oft import OFT
 from .parallel_adapter import ParallelAdapter
 from .prefix import Prefix
+from .prefix_words import prefix_from_words
 from .prompt_encoder import PromptEncoder
 from .random_subset import RandomSubset, SparseOffset
 from .registry import METHODS
@@ -103,6 +104,7 @@ __all__ = [
     "nnx_model",
     "only",
     "parameter_count",
+    "prefix_from_words",
     "project",
     "read_header",
     "safe_merge",

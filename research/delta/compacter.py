@@ -1,6 +1,6 @@
 """Compacter: an adapter whose matrices are sums of Kronecker products (Karimi Mahabadi et al., 2021).
 
-arXiv 2106.04647, equations 4 to 6; the products are the parameterised hypercomplex multiplication of
+arXiv 2106.04647; the products are the parameterised hypercomplex multiplication of
 Zhang et al. (2021, arXiv 2102.08597).
 """
 

@@ -1,4 +1,4 @@
-"""P-tuning: a network makes the prompt in training (Liu et al., 2021, arXiv 2103.10385, section 3.2)."""
+"""P-tuning: a network makes the prompt in training (Liu et al., 2021, arXiv 2103.10385)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,16 @@ from modicum.models.cache import Cache
 from modicum.models.kernels.spans import Span
 from modicum.models.positions import Learned
 from modicum.models.precision import FP64
-from modicum.research.delta import FlaxPrefix, LoRA, Prefix, ShiftPositions, attach, load_delta, save_delta
+from modicum.research.delta import (
+    FlaxPrefix,
+    LoRA,
+    Prefix,
+    ShiftPositions,
+    attach,
+    load_delta,
+    prefix_from_words,
+    save_delta,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -187,6 +196,44 @@ def test_positions_may_start_after_the_prefix(x64):
     np.testing.assert_allclose(jnp.concatenate([out, rest], 1), wanted, rtol=0, atol=1e-10)
     with pytest.raises(InputError, match="sequence length 13 exceeds the model's 12 positions"):
         run(variables, params, np.tile(TOKENS, 2)[:, :10])
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+def test_from_words_it_starts_as_these_words_in_front(scan, x64):
+    spec = {"attention": Prefix(N), "": ShiftPositions(N)}
+    tuned, variables, params = tuned_model(spec, positions=Rotary(), scan=scan, layers=2)
+    started = prefix_from_words(tuned, variables, params, [7, 4])
+    words = np.concatenate([np.broadcast_to([7, 4, 7], (2, N)), TOKENS], 1)
+    wanted = jax.jit(tuned.model.apply)(params, words)[:, N:]
+    got = jax.jit(tuned.apply)(started, params, TOKENS)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+    assert jax.tree.map(jnp.shape, started) == jax.tree.map(jnp.shape, variables)
+
+
+def test_words_in_a_range_of_layers(x64):
+    """Rows of a scanned stack are the layers of the unrolled one; other deltas stay."""
+    spec = {"layers_{1-2}/attention": Prefix(N), "mlp/up": LoRA(2)}
+    tuned, variables, params = tuned_model(spec, layers=3)
+    flat = prefix_from_words(tuned, variables, params, [3, 1, 4])["delta"]
+    stack = {name: params[name] for name in params if not name.startswith("layers")}
+    stack["layers"] = jax.tree.map(lambda *rows: jnp.stack(rows), *(params[f"layers_{i}"] for i in range(3)))
+    scanned, made, _ = tuned_model(spec, layers=3, scan=True)
+    rows = prefix_from_words(scanned, made, stack, [3, 1, 4])["delta"]["layers"]
+    for row, layer in enumerate(("layers_1", "layers_2")):
+        for name, leaf in flat[layer]["attention"]["~prefix"].items():
+            np.testing.assert_allclose(rows["attention"]["~prefix"][name][row], leaf, atol=1e-12)
+    jax.tree.map(np.testing.assert_array_equal, rows["mlp"], made["delta"]["layers"]["mlp"])
+
+
+def test_where_words_make_no_prefix(x64):
+    tuned, variables, params = tuned_model(LoRA(2), "attention/query")
+    with pytest.raises(InputError, match="no entry is a Prefix"):
+        prefix_from_words(tuned, variables, params, [1])
+    tuned, variables, params = tuned_model(Prefix(N, reparameterise=4))
+    with pytest.raises(InputError, match="tokens is empty"):
+        prefix_from_words(tuned, variables, params, [])
+    with pytest.raises(InputError, match="layers_0/attention: prefix_from_words sets plain prefixes"):
+        prefix_from_words(tuned, variables, params, [1])
 
 
 class Flax(nn.Module):
