@@ -14,6 +14,9 @@ from ... import InputError
 from .methods import LeafMethod, Variables
 from .offsets import offset_dtype
 
+# Numbers of an array that are made at a time: their intermediate values stay in a cache.
+AT_ONCE = 1 << 16
+
 
 @dataclass(frozen=True)
 class SAID(LeafMethod):
@@ -66,26 +69,34 @@ class SAID(LeafMethod):
 
 
 @partial(jax.jit, static_argnums=2)
-@partial(jax.checkpoint, static_argnums=2)
 def fastfood(vector: jax.Array, seed: jax.Array, size: int) -> jax.Array:
     """A random linear map of `vector [d]` to `[size]` that keeps its length on average.
 
     Blocks of `H G Π H B vector` (Le et al., 2013, "Fastfood", arXiv 1408.3060) of the least power of two
     that holds the vector: signs B, permutation Π, normal numbers G, and Hadamard transforms H, divided as in
     Aghajanyan et al.'s code, who pad the vector to the array's size and so make one block of it. Random
-    numbers are hashes of (seed, position): the same under every version and setting of JAX. Nothing of it
-    is kept for the backward pass.
+    numbers are hashes of (seed, position): the same under every version and setting of JAX. A few blocks
+    are made at a time, and nothing of them is kept for the backward pass.
     """
     width = 1 << (vector.size - 1).bit_length()
     blocks = -(-size // width)
-    position = jnp.arange(blocks * width, dtype=jnp.uint32).reshape(blocks, width)
-    dtype = vector.dtype
-    signs = jnp.where(_hash(position, seed, 0) >> 31, 1, -1).astype(dtype)
-    normal = _normal(position, seed).astype(dtype)
-    x = hadamard(signs * jnp.pad(vector, (0, width - vector.size)))
-    x = hadamard(jnp.take_along_axis(x, permutations(seed, blocks, width), axis=1) * normal)
-    length = jnp.sqrt(width * jnp.square(normal).sum(1, keepdims=True))
-    return (x / length).reshape(-1)[:size] / math.sqrt(size / width)
+    at_once = max(1, min(blocks, AT_ONCE // width))
+    rounds = -(-blocks // at_once)
+    padded = jnp.pad(vector, (0, width - vector.size))
+    each = jax.checkpoint(partial(_blocks, padded, seed))
+    made = jax.lax.map(each, jnp.arange(rounds * at_once, dtype=jnp.uint32).reshape(rounds, at_once))
+    return made.reshape(-1)[:size] / math.sqrt(size / width)
+
+
+def _blocks(vector: jax.Array, seed: jax.Array, block: jax.Array) -> jax.Array:
+    """The blocks numbered `block [n]` of the map of a padded `vector [width]`, `[n, width]`."""
+    width = vector.size
+    position = block[:, None] * jnp.uint32(width) + jnp.arange(width, dtype=jnp.uint32)
+    signs = jnp.where(_hash(position, seed, 0) >> 31, 1, -1).astype(vector.dtype)
+    normal = _normal(position, seed).astype(vector.dtype)
+    x = hadamard(signs * vector)
+    x = hadamard(jnp.take_along_axis(x, permutations(seed, block, width), axis=1) * normal)
+    return x / jnp.sqrt(width * jnp.square(normal).sum(1, keepdims=True))
 
 
 def hadamard(x: jax.Array) -> jax.Array:
@@ -99,15 +110,15 @@ def hadamard(x: jax.Array) -> jax.Array:
     return x
 
 
-def permutations(seed: jax.Array, blocks: int, width: int) -> jax.Array:
-    """A permutation of `0 ... width - 1` for each block, `[blocks, width]`.
+def permutations(seed: jax.Array, block: jax.Array, width: int) -> jax.Array:
+    """A permutation of `0 ... width - 1` for each number in `block [n]`, `[n, width]`.
 
     Rounds that are each invertible on numbers of log2(width) bits, keyed by the block; sorting, the uniform
     draw, would take most of a training step.
     """
     bits = (width - 1).bit_length()
-    block = jnp.arange(blocks, dtype=jnp.uint32)[:, None]
-    place = jnp.broadcast_to(jnp.arange(width, dtype=jnp.uint32), (blocks, width))
+    block = block[:, None]
+    place = jnp.broadcast_to(jnp.arange(width, dtype=jnp.uint32), (block.size, width))
     for turn in range(4):
         place = place * (_hash(block, seed, 10 + 2 * turn) | 1) + _hash(block, seed, 11 + 2 * turn)
         place = place & jnp.uint32(width - 1)

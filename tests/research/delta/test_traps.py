@@ -37,6 +37,7 @@ COVERED = {
     "a function that was compiled before": "test_traps::test_a_program_compiled_before_gets_the_delta",
     "a delta shared by a scan's layers": "test_sites::test_scanned_and_unrolled_layers_are_one_model",
     "gradients through a scan in an NNX model": "test_nnx::test_scanned_layers_are_the_unrolled_ones",
+    "a key that stays in a compiled function": "test_traps::test_a_key_does_not_stay_in_a_compiled_function",
     # section 3.2
     "threads": "test_traps::test_threads_do_not_see_each_others_deltas",
     "interceptors of the user": "test_traps::test_interceptors_of_the_user_still_run",
@@ -161,6 +162,29 @@ def test_a_program_compiled_before_gets_the_delta():
     for i in range(3):
         for j in range(i):
             assert jnp.abs(outputs[i] - outputs[j]).max() > 0.05
+
+
+def test_a_key_does_not_stay_in_a_compiled_function():
+    """Dropout of a delta inside `nn.jit`: another trace draws with its own key, and none leaks."""
+
+    class Compiled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.jit(Block)(name="block")(x)
+
+    model = Compiled()
+    params = params_of(model)
+    tuned = attach(model, {"out": LoRA(2, dropout=0.5)})
+    variables = moved(tuned.init(jax.random.key(1), params, X))
+
+    def run(key):
+        return tuned.apply(variables, params, X, rng=key, train=True)
+
+    one, two = (jax.jit(lambda key, f=factor: f * run(key)) for factor in (1.0, 2.0))
+    keys = jax.random.key(1), jax.random.key(2)
+    np.testing.assert_allclose(two(keys[0]), 2 * one(keys[0]), rtol=1e-5)
+    np.testing.assert_allclose(run(keys[1]), one(keys[1]), rtol=1e-4, atol=1e-5)
+    assert jnp.abs(one(keys[0]) - one(keys[1])).max() > 0.01
 
 
 def test_threads_do_not_see_each_others_deltas():
