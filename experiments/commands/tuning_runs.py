@@ -6,6 +6,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,16 +70,19 @@ class TuningRuns:
     def choose(self, configs: Sequence[TrainingConfig], sweep: Literal["halving", "all"]) -> TrainingConfig:
         """The configuration that is best on dev, its run finished as are those that came as far."""
         stops = rungs(configs[0]) if sweep == "halving" else [configs[0].steps]
-        for config in configs:
-            self.open(config)  # another question's run in the way is found before hours of training
-        if len(configs) > 1:
-            say(budget(len(configs), stops, configs[0].batch))
-        found = successive_halving(
-            configs,
-            stops=stops,
-            advance=lambda config, score, start, stop: self.advance(config, stop, alone=len(configs) == 1),
-            score=lambda score: score,
-        )
+        with ExitStack() as stack:
+            for config in configs:  # a run in the way is found before hours of training
+                stack.enter_context(self.open(config).unless_refused())
+            if len(configs) > 1:
+                say(budget(len(configs), stops, configs[0].batch))
+            found = successive_halving(
+                configs,
+                stops=stops,
+                advance=lambda config, score, start, stop: self.advance(
+                    config, stop, alone=len(configs) == 1
+                ),
+                score=lambda score: score,
+            )
         last = found.rungs[-1].scores
         if last[found.best] == LOST:
             raise InputError(
@@ -94,7 +98,8 @@ class TuningRuns:
         """Train the further seeds and say what came out; returns the folder of the best run."""
         chosen = [replace(best, seed=best.seed + number) for number in range(seeds)]
         for config in chosen[1:]:
-            self.advance(config, config.steps, alone=True)
+            with self.open(config).unless_refused():
+                self.advance(config, config.steps, alone=True)
             self.finish(config)
         results = {config: self.opened[config].result for config in chosen}
         for config, result in results.items():
@@ -150,8 +155,7 @@ class TuningRuns:
         """Train a run up to `stop`; returns the score of its best evaluation so far."""
         run = self.open(config)
         try:
-            with run.unless_refused():
-                evaluations = self._recorded(run, stop) or self._train(run, config, stop).evaluations
+            evaluations = self._recorded(run, stop) or self._train(run, config, stop).evaluations
         except NonFiniteLoss as failure:
             if alone:
                 raise
