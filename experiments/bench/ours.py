@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class Ours:
             {"tokens": jnp.asarray(x), "targets": jnp.asarray(y), "weights": jnp.ones(x.shape, jnp.float32)}
             for x, y in job.batches()
         )
-        optimizer = make_optimizer(optimizer_config(job), steps=1)
+        optimizer = make_optimizer(adamw(job), steps=1)
         self.model = Transformer(decoder_config(job))
         self.loss = language_modelling(full_tuning(self.model))
         params = jax.jit(self.model.init)(jax.random.key(0), jnp.zeros((1, job.length), jnp.int32))
@@ -62,19 +62,45 @@ class Ours:
 
     def product(self, m: int, k: int, n: int) -> Callable[[], None]:
         """One product `[m, k] x [k, n]` of random float32 matrices."""
-        left, right = (
-            jax.random.normal(jax.random.key(0), (m, k)),
-            jax.random.normal(jax.random.key(1), (k, n)),
-        )
-        multiply = jax.jit(jnp.matmul).lower(left, right).compile()
-
-        def once() -> None:
-            jax.block_until_ready(multiply(left, right))
-
-        return once
+        return product(m, k, n)
 
 
-def optimizer_config(job: DecoderJob) -> OptimizerConfig:
+class AdamWNumbers(Protocol):
+    """What a job says of its AdamW."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Constant."""
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Decay of the moments."""
+
+    @property
+    def epsilon(self) -> float:
+        """Added to the root of the second moment."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Of matrices."""
+
+    @property
+    def clip(self) -> float:
+        """Greatest norm of the gradients."""
+
+
+def product(m: int, k: int, n: int) -> Callable[[], None]:
+    """A function that multiplies random float32 matrices `[m, k] x [k, n]` and waits for it."""
+    left, right = jax.random.normal(jax.random.key(0), (m, k)), jax.random.normal(jax.random.key(1), (k, n))
+    multiply = jax.jit(jnp.matmul).lower(left, right).compile()
+
+    def once() -> None:
+        jax.block_until_ready(multiply(left, right))
+
+    return once
+
+
+def adamw(job: AdamWNumbers) -> OptimizerConfig:
     """The job's AdamW, at a constant learning rate, as our configuration."""
     return OptimizerConfig(
         "adamw",

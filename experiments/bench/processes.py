@@ -20,6 +20,7 @@ class Job(Protocol):
 class Worker:
     """A contender in a process of its own; a context manager that ends it.
 
+    `loaded` is the process's resident memory in bytes when it was ready, before its first step.
     It runs on the CPU and, where `threads` is not 0, on that many processors. What it prints goes to
     standard error.
     """
@@ -36,7 +37,9 @@ class Worker:
             text=True,
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )
-        self.versions: str = self._answer()["versions"]
+        started = self._answer()
+        self.versions: str = started["versions"]
+        self.loaded: int = started["loaded"]
 
     def round(self, steps: int) -> dict[str, float]:
         """Train for `steps`: `loss`, and `wall` and `cpu` seconds."""
@@ -45,6 +48,10 @@ class Worker:
     def product(self, sizes: tuple[int, int, int]) -> dict[str, float]:
         """`wall` and `cpu` seconds of a matrix product `[m, k] x [k, n]`."""
         return self.ask(what="product", sizes=sizes)
+
+    def peak_memory(self) -> int:
+        """Bytes that the process had in memory at most since it was asked last."""
+        return self.ask(what="memory")["peak"]
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """The worker's reply to a command."""

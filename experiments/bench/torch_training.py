@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from .job import DecoderJob
 from .torch_decoder import Decoder, next_token_loss
+from .tuning_job import TuningJob
 
 
 class TorchTraining:
@@ -22,7 +23,7 @@ class TorchTraining:
             (torch.from_numpy(x).long(), torch.from_numpy(y).long()) for x, y in job.batches()
         )
         self.model, self.clip = Decoder(job), job.clip
-        self.optimizer = make_optimizer(job, self.model)
+        self.optimizer = make_optimizer(job, list(self.model.parameters()))
         self.loss = torch.compile(next_token_loss) if compiled else next_token_loss
 
     def run(self, steps: int) -> float:
@@ -38,17 +39,21 @@ class TorchTraining:
 
     def product(self, m: int, k: int, n: int) -> Callable[[], None]:
         """One product `[m, k] x [k, n]` of random float32 matrices."""
-        left, right = torch.randn(m, k), torch.randn(k, n)
-
-        def once() -> None:
-            left @ right
-
-        return once
+        return torch_product(m, k, n)
 
 
-def make_optimizer(job: DecoderJob, model: nn.Module) -> torch.optim.Optimizer:
+def torch_product(m: int, k: int, n: int) -> Callable[[], None]:
+    """A function that multiplies random float32 matrices `[m, k] x [k, n]`."""
+    left, right = torch.randn(m, k), torch.randn(k, n)
+
+    def once() -> None:
+        left @ right
+
+    return once
+
+
+def make_optimizer(job: DecoderJob | TuningJob, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """The job's AdamW in PyTorch's fused form, with weight decay on matrices and tables only."""
-    parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": job.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

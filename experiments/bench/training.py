@@ -8,48 +8,82 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal
+from typing import Literal, Protocol
 
 from ... import InputError
 from .job import DecoderJob
-from .processes import Worker
+from .processes import Job, Worker
 
 ContenderName = Literal["ours", "eager", "compiled"]
 CONTENDERS: tuple[ContenderName, ...] = ("ours", "eager", "compiled")
-LABELS = {"ours": "Modicum", "eager": "PyTorch eager", "compiled": "torch.compile"}
-WARMUP = 2
+LABELS = {
+    "ours": "Modicum",
+    "eager": "PyTorch eager",
+    "compiled": "torch.compile",
+    "ours-tuning": "Modicum",
+    "peft": "PyTorch + PEFT",
+    "peft-compiled": "PyTorch + PEFT, compiled",
+}
+WARMUP = 3
 SQUARE = (2048, 2048, 2048)
 Clock = Literal["wall", "cpu"]
 Report = Callable[[str], None]
 
 
+class StepJob(Job, Protocol):
+    """A job whose train step is measured."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+
+    def products(self) -> Iterator[tuple[int, tuple[int, int, int]]]:
+        """How often a step needs a matrix product, and its sizes (m, k, n)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a contender's process: ready to start; at most until warm; at most in a step after that."""
+
+    loaded: int
+    starting: int
+    stepping: int
+
+
 @dataclass(frozen=True)
 class Measurements:
-    """What one run of the benchmark saw.
+    """What one run of the benchmark saw; others are compared with the first contender.
 
-    `rounds[name]` has for each round `wall` and `cpu` seconds of a step, and `loss`. `products[library]`
-    has the best seconds of a product by its sizes, each under `wall` and `cpu`. `load` is the number of
-    running processes, averaged over a minute, before and after.
+    `rounds[name]` has for each round `wall` and `cpu` seconds of a step, and `loss`; `losses[name]` those of
+    the first steps. `products[library]` has the best seconds of a product by its sizes, each under `wall` and
+    `cpu`. `load` is the number of running processes, averaged over a minute, before and after.
     """
 
-    job: DecoderJob
+    job: StepJob
     flops: float
     rounds: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     products: dict[str, dict[tuple[int, int, int], dict[str, float]]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     load: list[float] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, Memory] = field(default_factory=dict)
+
+    @property
+    def first(self) -> str:
+        """Whom the others are compared with."""
+        return next(iter(self.rounds))
 
     def seconds(self, name: str, clock: Clock) -> float:
         """Median of a step."""
         return median(one[clock] for one in self.rounds[name])
 
     def advantage(self, name: str, clock: Clock) -> float:
-        """How many times as long as ours its step takes: the median over the rounds."""
-        pairs = zip(self.rounds["ours"], self.rounds[name])
+        """How many times as long as the first one's its step takes: the median over the rounds."""
+        pairs = zip(self.rounds[self.first], self.rounds[name])
         return median(theirs[clock] / ours[clock] for ours, theirs in pairs)
 
     def square_rate(self, library: str, clock: Clock) -> float:
@@ -88,13 +122,30 @@ def measure_training(
     from .ours import decoder_config
 
     flops = training_flops_per_token(decoder_config(job), job.length) * job.tokens
+    return measure_steps(
+        job, flops, rounds=rounds, steps=steps, contenders=contenders, threads=threads, report=report
+    )
+
+
+def measure_steps(
+    job: StepJob,
+    flops: float,
+    *,
+    rounds: int,
+    steps: int,
+    contenders: Sequence[str],
+    threads: int = 0,
+    report: Report = print,
+) -> Measurements:
+    """Warm the contenders up, one after the other, then let them take turns; `flops` are those of a step."""
     seen = Measurements(job, flops, load=[os.getloadavg()[0]])
     with ExitStack() as stack:
-        workers: dict[ContenderName, Worker] = {}
+        workers: dict[str, Worker] = {}
         for name in dict.fromkeys(contenders):
             report(f"{LABELS[name]}: starting and compiling")
             workers[name] = stack.enter_context(Worker(name, job, threads))
-            workers[name].round(WARMUP)
+            seen.losses[name] = [workers[name].round(1)["loss"] for _ in range(WARMUP)]
+            seen.memory[name] = _memory(workers[name])
             seen.versions[LABELS[name]] = workers[name].versions
         libraries = {library_of(name): worker for name, worker in reversed(workers.items())}
         for index in range(rounds):
@@ -105,6 +156,12 @@ def measure_training(
                 keep_best(seen.products.setdefault(library, {}), worker, job)
     seen.load.append(os.getloadavg()[0])
     return seen
+
+
+def _memory(worker: Worker) -> Memory:
+    starting = worker.peak_memory()
+    worker.round(1)
+    return Memory(worker.loaded, starting, worker.peak_memory())
 
 
 def check(**counts: int) -> None:
@@ -122,7 +179,7 @@ def require_peers(contenders: Sequence[str]) -> None:
 
 def library_of(name: str) -> str:
     """Whose matrix products a contender uses."""
-    return "XLA" if name == "ours" else "PyTorch"
+    return "XLA" if name.startswith("ours") else "PyTorch"
 
 
 def per_step(reply: dict[str, float], steps: int) -> dict[str, float]:
@@ -130,7 +187,7 @@ def per_step(reply: dict[str, float], steps: int) -> dict[str, float]:
     return {key: value if key == "loss" else value / steps for key, value in reply.items()}
 
 
-def keep_best(best: dict[tuple[int, int, int], dict[str, float]], worker: Worker, job: DecoderJob) -> None:
+def keep_best(best: dict[tuple[int, int, int], dict[str, float]], worker: Worker, job: StepJob) -> None:
     """Time every product of the job and the square one, and keep what was never faster."""
     for sizes in {SQUARE, *(sizes for _, sizes in job.products())}:
         new, old = worker.product(sizes), best.get(sizes)

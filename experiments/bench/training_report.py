@@ -5,30 +5,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
 from ...research.study.environment import describe_environment
 from ...research.study.runs import write_atomically
 from ...research.study.tables import Cell, Table
+from .job import DecoderJob
 from .training import LABELS, Clock, Measurements
 
 CLOCKS: tuple[Clock, ...] = get_args(Clock)
 
 
 def steps_table(seen: Measurements) -> Table:
-    """Rates and times of a step, and how many times as long as ours each takes."""
-    ours = "ours" in seen.rounds
+    """Rates and times of a step, and how many times as long as the first one's each takes."""
+    first = "ours" if seen.first.startswith("ours") else LABELS[seen.first]
     rows = [
         (
             LABELS[name],
             seen.job.tokens / seen.seconds(name, "wall"),
             *(seen.seconds(name, clock) for clock in CLOCKS),
-            *(seen.advantage(name, clock) if ours else None for clock in CLOCKS),
+            *(seen.advantage(name, clock) for clock in CLOCKS),
         )
         for name in seen.rounds
     ]
-    columns = ("train step", "tokens/s", "wall s", "CPU s", "time / ours, wall", "time / ours, CPU")
+    compared = f"time / {first}, wall", f"time / {first}, CPU"
+    columns = ("train step", "tokens/s", "wall s", "CPU s", *compared)
     return Table(columns, tuple(rows), "Train step, medians over the rounds")
 
 
@@ -79,32 +82,48 @@ def tables(seen: Measurements) -> dict[str, Table]:
 def summary(seen: Measurements) -> str:
     """What the run was and what came out, as Markdown."""
     job = seen.job
+    assert isinstance(job, DecoderJob)
+    what = (
+        f"{job.layers} layers, width {job.width}, {job.heads} heads, {job.length} tokens, batch {job.batch}, "
+        f"vocabulary {job.vocab}, float32; {seen.flops / 1e9:.0f} GFLOP a step."
+    )
+    return described(seen, what, tables(seen))
+
+
+def described(seen: Measurements, what: str, shown: Mapping[str, Table]) -> str:
+    """The sentence `what`, who ran where, and the tables, as Markdown."""
     before, after = seen.load
     text = (
-        f"{job.layers} layers, width {job.width}, {job.heads} heads, {job.length} tokens, batch {job.batch}, "
-        f"vocabulary {job.vocab}, float32; {seen.flops / 1e9:.0f} GFLOP a step.\n"
+        f"{what}\n"
         f"{'; '.join(f'{name}: {version}' for name, version in seen.versions.items())}.\n"
         f"{os.cpu_count()} processors; load {before:.1f} before, {after:.1f} after.\n"
     )
-    return text + "".join(f"\n{table.caption}:\n\n{table.markdown()}" for table in tables(seen).values())
+    return text + "".join(f"\n{table.caption}:\n\n{table.markdown()}" for table in shown.values())
 
 
 def write(seen: Measurements, folder: Path) -> None:
     """Write each table as CSV and Markdown, and every single timing with the environment as JSON."""
+    write_all(seen, tables(seen), folder, "train.json")
+
+
+def write_all(seen: Measurements, shown: Mapping[str, Table], folder: Path, name: str) -> None:
+    """Write these tables, and all that was measured as the JSON file `name`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, table in tables(seen).items():
-        table.write(folder, name)
+    for title, table in shown.items():
+        table.write(folder, title)
     products = {
         library: [{"sizes": list(sizes), **times} for sizes, times in found.items()]
         for library, found in seen.products.items()
     }
     record = {
-        "job": dataclasses.asdict(seen.job),
+        "job": json.loads(seen.job.to_json()),
         "model_flops_per_step": seen.flops,
         "rounds": seen.rounds,
+        "losses": seen.losses,
+        "memory": {name: dataclasses.asdict(memory) for name, memory in seen.memory.items()},
         "products": products,
         "versions": seen.versions,
         "load": seen.load,
         "environment": describe_environment(),
     }
-    write_atomically(folder / "train.json", json.dumps(record, indent=1) + "\n")
+    write_atomically(folder / name, json.dumps(record, indent=1) + "\n")

@@ -14,14 +14,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from ...research.training.host_memory import keep_freed_memory
 from .generation_job import GenerationJob
 from .job import DecoderJob
+from .tuning_job import TuningJob
 
 REPEATS = 2  # of a matrix product; the faster counts
+STATUS = Path("/proc/self/status")
 READS = 16  # of a large matrix; all count, as all tokens do
 
 
@@ -78,6 +82,14 @@ def make_contender(name: str, job: str) -> Contender:
             from .torch_training import TorchTraining
 
             return TorchTraining(DecoderJob.from_json(job), compiled=name == "compiled")
+        case "ours-tuning":
+            from .tuning_ours import OurTuning
+
+            return OurTuning(TuningJob.from_json(job))
+        case "peft" | "peft-compiled":
+            from .tuning_torch import TorchTuning
+
+            return TorchTuning(TuningJob.from_json(job), compiled=name == "peft-compiled")
         case "ours-generation":
             from .generation_ours import OurGeneration
 
@@ -98,7 +110,11 @@ def serve(contender: Contender, commands: Iterable[str], replies: TextIO) -> Non
 
 
 def measure(contender: Any, what: str, **arguments: Any) -> dict[str, Any]:
-    """The reply to one command: `round` trains, `generate` generates, `product` and `read` multiply."""
+    """The reply to one command.
+
+    `round` trains, `generate` generates, `product` and `read` multiply, `memory` tells the greatest resident
+    memory since it was asked last.
+    """
     match what:
         case "round":
             loss, timing = timed(lambda: contender.run(arguments["steps"]))
@@ -110,7 +126,25 @@ def measure(contender: Any, what: str, **arguments: Any) -> dict[str, Any]:
             return best(contender.product(*arguments["sizes"]))
         case "read":
             return mean(contender.matrix_vector())
+        case "memory":
+            return {"peak": peak_memory()}
     raise ValueError(f"no command is called {what!r}")
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process in memory, now or (`VmHWM`) at most; 0 where the system does not tell."""
+    if not STATUS.exists():
+        return 0
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def peak_memory() -> int:
+    """The greatest number of bytes in memory so far; counting starts again."""
+    peak = resident("VmHWM")
+    if peak:
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak
 
 
 def best(function: Callable[[], Any]) -> dict[str, float]:
@@ -133,8 +167,10 @@ def main(name: str, job: str, threads: str) -> None:
     os.dup2(2, 1)  # what a framework prints must not reach the pipe
     if int(threads):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
+    keep_freed_memory()  # as `modicum train` and `modicum tune` do; for every contender alike
     contender = make_contender(name, job)
-    print(json.dumps({"versions": contender.versions}), file=replies, flush=True)
+    started = {"versions": contender.versions, "loaded": resident()}
+    print(json.dumps(started), file=replies, flush=True)
     serve(contender, sys.stdin, replies)
 
 

@@ -1,4 +1,4 @@
-"""`modicum bench train|generate`: ours beside its peers, measured on this machine in one run."""
+"""`modicum bench`: ours beside its peers, measured on this machine in one run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ... import InputError
+from .bench_delta import MemoryBench, StorageBench
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,73 @@ class GenerateBench:
         return 0
 
 
+@dataclass(frozen=True)
+class TuneBench:
+    """Measure our delta tuning beside PyTorch and PEFT's, on the same weights and texts, on this CPU.
+
+    MiniLM under a classifier; all start at the same numbers and must have the same losses. Each contender
+    has a process of its own and they take turns, round by round. Reported are medians, wall and CPU seconds,
+    peak memory, and which part of the machine's matrix product rate the arithmetic reaches.
+    """
+
+    data: tyro.conf.Positional[Path]
+    """Lines of JSON with `text` and `label` (0 or 1), such as sst2's train split."""
+    method: Literal["lora", "bitfit", "full"] = "lora"
+    """What is trained beside the classifier: LoRA on query and value, all biases, or everything."""
+    batch: int = 16
+    """Rows of a step."""
+    length: int = 128
+    """Tokens of a row; all rows are full."""
+    rank: int = 8
+    """LoRA's rank."""
+    rounds: int = 5
+    """Turns of each contender."""
+    steps: int = 3
+    """Train steps of one turn."""
+    contenders: tuple[Literal["ours-tuning", "peft", "peft-compiled"], ...] = ("ours-tuning", "peft")
+    """Who takes part; under torch.compile PEFT needs a C++ compiler."""
+    threads: int = 0
+    """Processors for each contender; 0: all."""
+    checkpoint: Path | None = None
+    """Another checkpoint of BERT's kind."""
+    out: Path | None = None
+    """Folder for the tables and for every single timing."""
+
+    def run(self) -> int:
+        """Print the tables."""
+        from ..bench.tuning import measure_tuning, require_peers, tuning_job
+        from ..bench.tuning_report import summary, write
+
+        require_folder(self.out)
+        require_peers(self.contenders)
+        sizes = {"batch": self.batch, "length": self.length, "rank": self.rank}
+        with tuning_job(self.data, method=self.method, checkpoint=self.checkpoint, **sizes) as job:
+            seen = measure_tuning(
+                job,
+                rounds=self.rounds,
+                steps=self.steps,
+                contenders=self.contenders,
+                threads=self.threads,
+                report=say,
+            )
+        print(summary(seen))
+        if self.out is not None:
+            write(seen, self.out)
+        return 0
+
+
 Train = Annotated[TrainBench, tyro.conf.subcommand("train")]
+Tune = Annotated[TuneBench, tyro.conf.subcommand("tune")]
 Generate = Annotated[GenerateBench, tyro.conf.subcommand("generate")]
+Memory = Annotated[MemoryBench, tyro.conf.subcommand("tune-memory")]
+Storage = Annotated[StorageBench, tyro.conf.subcommand("tune-storage")]
 
 
 @dataclass(frozen=True)
 class Bench:
     """Measure ours beside its peers, on this machine in one run."""
 
-    what: Train | Generate
+    what: Train | Tune | Generate | Memory | Storage
 
     def run(self) -> int:
         """Print the tables."""

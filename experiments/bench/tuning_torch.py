@@ -1,0 +1,84 @@
+"""PEFT's tuning of transformers' model as a contender: the same weights, rows, start and optimizer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from .torch_training import make_optimizer, torch_product
+from .tuning_job import LABELS, TuningJob
+
+
+class TorchTuning:
+    """`BertForSequenceClassification`, under LoRA PEFT's, and PyTorch's fused AdamW."""
+
+    def __init__(self, job: TuningJob, compiled: bool) -> None:
+        import peft
+
+        self.versions = (
+            f"peft {peft.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        )
+        self.batches = itertools.cycle(
+            (torch.from_numpy(x).long(), torch.from_numpy(y).long()) for x, y in job.batches()
+        )
+        self.model, self.clip = tuned_model(job), job.clip
+        self.trained = [each for each in self.model.parameters() if each.requires_grad]
+        self.optimizer = make_optimizer(job, self.trained)
+        self.loss = torch.compile(batch_loss) if compiled else batch_loss
+
+    def run(self, steps: int) -> float:
+        """Train for `steps`; the last one's loss."""
+        loss = torch.tensor(0.0)
+        for _ in range(steps):
+            loss = self.loss(self.model, *next(self.batches))
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.trained, self.clip)
+            self.optimizer.step()
+        return loss.item()
+
+    def product(self, m: int, k: int, n: int) -> Callable[[], None]:
+        """One product `[m, k] x [k, n]` of random float32 matrices."""
+        return torch_product(m, k, n)
+
+
+def batch_loss(model: nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of `labels [B]` for `tokens [B, T]`; without a mask nothing is padding."""
+    return nn.functional.cross_entropy(model(input_ids=tokens).logits, labels)
+
+
+def tuned_model(job: TuningJob) -> nn.Module:
+    """The model with what the method trains, and nothing else, asking for gradients."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        job.checkpoint, num_labels=LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ).float()
+    with torch.no_grad():
+        model.classifier.weight.copy_(torch.from_numpy(job.classifier()).T)
+        model.classifier.bias.zero_()
+    if job.method == "bitfit":  # PEFT has none; this is what its users write
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias") or name.startswith("classifier."))
+    return (with_lora(model, job) if job.method == "lora" else model).train()
+
+
+def with_lora(model: nn.Module, job: TuningJob) -> nn.Module:
+    """PEFT's LoRA on query and value, started at the job's numbers; the classifier is trained too."""
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=job.rank,
+        lora_alpha=job.alpha,
+        lora_dropout=0.0,
+        target_modules=["query", "value"],
+    )
+    tuned = get_peft_model(model, config)
+    with torch.no_grad():
+        for layer, pair in zip(tuned.base_model.model.bert.encoder.layer, job.down_projections()):
+            for name, a in zip(("query", "value"), pair):
+                site = getattr(layer.attention.self, name)
+                site.lora_A["default"].weight.copy_(torch.from_numpy(a).T)
+    return tuned
