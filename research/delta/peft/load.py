@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .... import InputError
 from ....models.pretrained import Pretrained
@@ -16,12 +17,15 @@ from ....models.pretrained.registry import family
 from ..attach import Tuned, attach
 from ..full import Full
 from ..methods import Method
+from ..trees import node_at
 from .config import CONFIG, Config
 from .files import PREFIX, ROOT, TENSORS, Tensors, read_tensors
 from .kinds import codec_of
 from .modules import Base, base_of
 from .places import filled, specification
 from .whole import read_whole
+
+COPY = ".base_layer."  # PEFT stores the weights of an adapted output layer too
 
 
 def load_peft(
@@ -51,7 +55,10 @@ def load_peft(
         pretrained.model,
         pretrained.params,
     )
-    found, saved = _sorted(read_tensors(folder), codec.suffixes, base)
+    tensors = read_tensors(folder)
+    copies = {name: tensors.pop(name) for name in list(tensors) if COPY in name}
+    found, saved = _sorted(tensors, codec.suffixes, base)
+    _check_copies(copies, base)
     deltas = codec.read(config, found, base)
     config.finish()
     leaves = read_whole(saved, base)
@@ -63,6 +70,16 @@ def load_peft(
     extra = {"decoder_tokens": tokens} if pretrained.model.config.kind == "encoder-decoder" else {}
     variables = tuned.init(key, pretrained.params, tokens, **extra)
     return tuned, filled(variables, tuned, base, deltas, leaves)
+
+
+def _check_copies(copies: Tensors, base: Base) -> None:
+    """Raise `InputError` unless these weights, stored beside a delta of the logits, are the base model's."""
+    _, saved = _sorted({name.replace(COPY, "."): tensor for name, tensor in copies.items()}, (), base)
+    for path, leaf in read_whole(saved, base).items():
+        if not np.array_equal(leaf, np.asarray(node_at(base.params, path)).astype(leaf.dtype)):
+            raise InputError(
+                f"the adapter holds other weights for {path} than the base model: {next(iter(copies))}"
+            )
 
 
 def _sorted(
@@ -85,6 +102,11 @@ def _sorted(
             module = base.named(own.removesuffix(f".{suffix}"), base.modules)
             strange += [own] if module not in base.modules else []
             found.setdefault(module, {})[suffix] = tensor
+    if inside := [name for name in found if name in base.mixed]:
+        raise InputError(
+            f"the adapter has a delta at {inside[0]}, whose product is inside our {base.mixed[inside[0]]}: "
+            f"that pools, activates or scales too, so no delta can act at the product alone"
+        )
     if strange:
         raise InputError(
             f"the adapter has tensors that {base.architecture} has no place for: {listed(strange)}; "

@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from .... import InputError
+from ....models.heads import LanguageModelHead
 from ....models.pretrained.family import Family
 from ....models.pretrained.mapping import Entry, Form, scanned_path
 from ....models.transformer import Transformer
@@ -61,7 +62,8 @@ class Module:
 class Base:
     """A loaded published model as adapters see it.
 
-    `modules` are by their names, `entries` all tensors' by theirs, as the architecture has them.
+    `modules` are by their names, `entries` all tensors' by theirs, as the architecture has them. `mixed` are
+    modules of theirs whose product is inside one of ours that does more (a pooler): our path by their name.
     """
 
     family: Family
@@ -70,6 +72,7 @@ class Base:
     params: Mapping[str, Any]
     entries: Mapping[str, list[Entry]]
     modules: Mapping[str, Module]
+    mixed: Mapping[str, str]
 
     @property
     def sites(self) -> dict[str, tuple[str, int | None]]:
@@ -98,12 +101,26 @@ def base_of(family: Family, architecture: str, model: Transformer, params: Mappi
     entries: dict[str, list[Entry]] = {}
     for entry in family.entries(model.config, model.head):
         entries.setdefault(_shown(family, architecture, entry.theirs), []).append(entry)
-    modules = {}
+    modules, mixed = {}, {}
     for theirs, group in entries.items():
         if theirs.endswith(WEIGHT) and all(_matrix(entry) for entry in group):
-            name = theirs.removesuffix(WEIGHT)
-            modules[name] = _module(name, group, model, flat)
-    return Base(family, architecture, model, params, entries, modules)
+            name, path = theirs.removesuffix(WEIGHT), group[0].ours.removesuffix(KERNEL)
+            if _product(path, model):
+                modules[name] = _module(name, group, model, flat)
+            else:
+                mixed[name] = path
+    return Base(family, architecture, model, params, entries, modules, mixed)
+
+
+def _product(path: str, model: Transformer) -> bool:
+    """Whether our module at `path` maps its input by its kernel and does nothing else."""
+    top, config = path.split("/")[0], model.config
+    if path == "head":
+        return isinstance(model.head, LanguageModelHead) and (config.logit_scale, config.embedding_width) == (
+            1.0,
+            0,
+        )
+    return top not in ("pooler", "classifier")
 
 
 def _shown(family: Family, architecture: str, name: str) -> str:

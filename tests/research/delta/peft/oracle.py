@@ -334,8 +334,13 @@ def randomised(variables, scale=0.2, seed=3):
 
 
 def report(case, method, figures):
-    """Append a line to the file that MODICUM_PARITY names, if any."""
+    """One line of figures."""
+    text = " ".join(f"{name}={value:.1e}" for name, value in figures.items())
+    report_line(f"peft {method} {case.name} {text}")
+
+
+def report_line(line):
+    """Append it to the file that MODICUM_PARITY names, if any."""
     if path := os.environ.get("MODICUM_PARITY"):
         with open(path, "a") as file:
-            text = " ".join(f"{name}={value:.1e}" for name, value in figures.items())
-            file.write(f"peft {method} {case.name} {text}\n")
+            file.write(line + "\n")
