@@ -10,6 +10,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from ... import InputError
 from .bottleneck import require_positive
 from .methods import Site, SiteMethod, Variables
-from .sites import path_of
+from .sites import changed_output
 from .trees import node_at
 
 SEGMENTS = "segments", "attention_mask"
@@ -43,6 +44,7 @@ class InputPrompt(SiteMethod):
 
     positions: ClassVar[tuple[str, ...]] = ("",)
     reads: ClassVar[bool] = True
+    neutral: ClassVar[float] = float("nan")  # no numbers switch a prompt off
 
     def __post_init__(self) -> None:
         require_positive(self.name, length=self.length)
@@ -83,7 +85,7 @@ class InputPrompt(SiteMethod):
         if cache is not None and "decoder_tokens" not in kwargs:
             room = jnp.pad(cache.segments, ((0, 0), (0, self.length)))
             kwargs["cache"] = cache.replace(segments=room)
-        with nn.intercept_methods(self._embedding(self.prompt(variables))):
+        with changed_output(site.module, self.embed, partial(self._begun, self.prompt(variables))):
             output = call(*args, **kwargs)
         if "decoder_tokens" in kwargs:
             return output
@@ -91,19 +93,10 @@ class InputPrompt(SiteMethod):
             return self._stripped(output[0], padded.shape[1]), output[1]
         return self._stripped(output, padded.shape[1])
 
-    def _embedding(self, prompt: jax.Array) -> Callable:
-        """An interceptor that puts the prompt into the first output of the module that embeds."""
-        done: list[bool] = []
-
-        def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-            y = call(*args, **kwargs)
-            if context.method_name != "__call__" or path_of(context.module) != self.embed or done:
-                return y
-            done.append(True)
-            rows = jnp.broadcast_to(prompt.astype(y.dtype), (y.shape[0], *prompt.shape))
-            return jnp.concatenate([rows, y[:, self.length :]], 1)
-
-        return intercept
+    def _begun(self, prompt: jax.Array, y: jax.Array) -> jax.Array:
+        """Embedded tokens `y [B, n + T, D]` that begin with the prompt."""
+        rows = jnp.broadcast_to(prompt.astype(y.dtype), (y.shape[0], *prompt.shape))
+        return jnp.concatenate([rows, y[:, self.length :]], 1)
 
     def _padded(self, name: str, value: Any, tokens: jax.Array) -> Any:
         """An argument of the model beside its tokens, with room for the prompt."""

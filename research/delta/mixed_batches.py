@@ -9,6 +9,7 @@ batch, because the weights have no axis over rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -66,12 +67,13 @@ def apply_tasks(
     backbone. Of `inputs`, arrays whose first axis is B go row by row; everything else, and what `whole`
     names, goes to every row as it is. A leaf method makes its array once for each row.
 
-    Raises `InputError` for a task that is not stacked; where `task` is traced, such a row is NaN.
+    Raises `InputError` for a task that is not stacked, and for the backbone beside a method that nothing
+    switches off (soft prompts); where `task` is traced, such a row is NaN.
     """
     if inputs.get("cache") is not None:
         raise InputError("apply_tasks takes no cache: the rows of one cannot be told apart")
     rows, count = tokens.shape[0], jax.tree.leaves(stacked)[0].shape[0]
-    task = _checked(task, rows, count)
+    task = _checked(task, rows, count, tuned)
     passed = {name: inputs.pop(name) for name in whole if name in inputs}
     leaves, structure = jax.tree.flatten((tokens, inputs))
     by_row = {i: leaf for i, leaf in enumerate(leaves) if np.ndim(leaf) and np.shape(leaf)[0] == rows}
@@ -122,13 +124,19 @@ def _where(condition: jax.Array, value: float, tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jnp.where(condition, jnp.asarray(value, leaf.dtype), leaf), tree)
 
 
-def _checked(task: Any, rows: int, count: int) -> jax.Array:
+def _checked(task: Any, rows: int, count: int, tuned: Tuned) -> jax.Array:
     if not isinstance(task, jax.core.Tracer):
         found = np.asarray(task)
         if found.shape != (rows,) or not np.issubdtype(found.dtype, np.integer):
             raise InputError(f"task is {found.dtype} {found.shape}; one integer for each of {rows} rows")
         if wrong := [int(each) for each in found if not BACKBONE <= each < count]:
             raise InputError(f"task {wrong[0]} of a row; there are 0-{count - 1}, and -1 for the backbone")
+        stuck = [e.method for e in tuned.entries if math.isnan(getattr(e.method, "neutral", 0.0))]
+        if stuck and (found == BACKBONE).any():
+            raise InputError(
+                f"task -1 of a row is the backbone, but {type(stuck[0]).__name__} cannot be switched off in "
+                f"a batch; run such rows by themselves"
+            )
     return jnp.asarray(task)
 
 

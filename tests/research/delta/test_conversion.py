@@ -10,10 +10,12 @@ from modicum.models import GroupedQuery, Transformer, TransformerConfig
 from modicum.models.precision import Precision
 from modicum.research.delta import (
     IA3,
-    METHODS,
+    AdaLoRA,
     Adapter,
     BitFit,
+    DoRA,
     LoRA,
+    VeRA,
     attach,
     load_delta,
     save_delta,
@@ -86,8 +88,37 @@ def test_plain_loras_and_leaf_deltas_stay(bench):
     jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
 
 
+def test_adalora_is_exact_without_its_pruned_triplets(bench):
+    tuned, variables, params = bench.tuned({QUERY: AdaLoRA(6, alpha=5.0)}, scan=True)
+    for name, pruned in (("query", ([0, 3], [1])), ("value", ([1, 2, 4], [5, 0]))):
+        own = variables["delta"]["layers"]["attention"][name]["~adalora"]
+        for layer, triplets in enumerate(pruned):
+            own["e"] = own["e"].at[layer, jnp.array(triplets)].set(0.0)
+    wanted = bench.outputs(tuned, variables, params)
+    whole = to_lora(tuned, variables, params)
+    assert whole.tuned.entries[0].method == LoRA(6, alpha=6.0)  # the third layer has all of its own
+    np.testing.assert_allclose(bench.outputs(*whole[:2], params), wanted, rtol=0, atol=1e-12)
+    for name in ("query", "value"):
+        own = variables["delta"]["layers"]["attention"][name]["~adalora"]
+        own["e"] = own["e"].at[2, :2].set(0.0).at[:, 5].set(0.0)
+    found = to_lora(tuned, variables, params)
+    assert found.tuned.entries[0].method.rank == 4
+    wanted = bench.outputs(tuned, variables, params)
+    np.testing.assert_allclose(bench.outputs(*found[:2], params), wanted, rtol=0, atol=1e-12)
+
+
+def test_vera_is_exact_at_its_rank_and_nearest_below(bench):
+    tuned, variables, params = bench.tuned({QUERY: VeRA(20)})
+    wanted = bench.outputs(tuned, variables, params)
+    exact = to_lora(tuned, variables, params)
+    assert exact.tuned.entries[0].method.rank == 20 and exact.variables["delta_state"] == {}
+    np.testing.assert_allclose(bench.outputs(*exact[:2], params), wanted, rtol=0, atol=1e-12)
+    full = to_lora(tuned, variables, params, rank=WIDTH)  # less than 20, and all that a matrix has
+    np.testing.assert_allclose(bench.outputs(*full[:2], params), wanted, rtol=0, atol=1e-11)
+
+
 def test_dora_is_exact_at_full_rank_and_says_what_is_missing_below(bench):
-    tuned, variables, params = bench.tuned({QUERY: METHODS["dora"](2)}, scan=True)
+    tuned, variables, params = bench.tuned({QUERY: DoRA(2)}, scan=True)
     wanted = bench.outputs(tuned, variables, params)
     whole = to_lora(tuned, variables, params, rank=WIDTH)
     np.testing.assert_allclose(bench.outputs(*whole[:2], params), wanted, rtol=0, atol=1e-11)
@@ -109,7 +140,7 @@ def test_dora_is_exact_at_full_rank_and_says_what_is_missing_below(bench):
 
 
 def test_a_share_of_the_energy_chooses_the_rank(bench):
-    tuned, variables, params = bench.tuned({QUERY: METHODS["dora"](2)})
+    tuned, variables, params = bench.tuned({QUERY: DoRA(2)})
     ranks = {}
     for share in (0.5, 0.9, 0.999):
         found = to_lora(tuned, variables, params, rank=share)
@@ -136,7 +167,7 @@ def test_ia3_on_inputs_is_a_lora_of_full_rank(bench):
 
 
 def test_stacked_entries_convert_one_after_another(bench):
-    spec = {QUERY: [LoRA(2), LoRA(2, initialisation="pissa")], "mlp/up": METHODS["dora"](2)}
+    spec = {QUERY: [LoRA(2), LoRA(2, initialisation="pissa")], "mlp/up": DoRA(2)}
     tuned, variables, params = bench.tuned(spec)
     found = to_lora(tuned, variables, params, rank=WIDTH)
     assert [entry.name for entry in found.tuned.entries] == ["~lora", "~lora_1", "~lora_2"]
@@ -164,7 +195,7 @@ def test_what_has_no_lora_says_so(bench):
 
 
 def test_ranks_that_cannot_be(bench):
-    tuned, variables, params = bench.tuned({QUERY: METHODS["dora"](2)})
+    tuned, variables, params = bench.tuned({QUERY: DoRA(2)})
     with pytest.raises(InputError, match="delta '~dora': DoRA's update is not of low rank; give rank="):
         to_lora(tuned, variables, params)
     with pytest.raises(

@@ -11,10 +11,21 @@ from modicum import InputError
 from modicum.models import ClassifierHead, GroupedQuery, Transformer, TransformerConfig
 from modicum.models.precision import Precision
 from modicum.research.delta import (
+    IA3,
+    OFT,
+    AdaLoRA,
     Adapter,
     BitFit,
+    Compacter,
+    DoRA,
     Full,
+    LayerNormTuning,
     LoRA,
+    ParallelAdapter,
+    Prefix,
+    RandomSubset,
+    SoftPrompt,
+    VeRA,
     apply_tasks,
     attach,
     attach_leaves,
@@ -179,6 +190,60 @@ def test_leaf_deltas_of_a_function():
         (tuned.apply(tasks[t], params, x) if t >= 0 else x @ params["w"] + 1)[i] for i, t in enumerate(task)
     ]
     np.testing.assert_allclose(found, jnp.stack(wanted), rtol=0, atol=1e-12)
+
+
+METHOD_CASES = {
+    "on kernels": {
+        "attention/query": DoRA(2),
+        "attention/key": IA3(),
+        "attention/value": VeRA(4),
+        "attention/output": OFT(4),
+        "mlp/up": AdaLoRA(2),
+        "layers_{1}/mlp/down": LoRA(2, initialisation="pissa"),
+    },
+    "elsewhere": {
+        "attention": Prefix(3),
+        "attention/output": Compacter(n=2, reduction=4),
+        "mlp": ParallelAdapter(2),
+        "final_norm": LayerNormTuning(),
+        "layers_{0}/mlp": RandomSubset(0.1),
+    },
+}
+
+
+@pytest.mark.parametrize("name", METHOD_CASES)
+def test_every_method_mixes_and_can_be_left_out(case, tokens, name):
+    """Also at the layers of a stack that the address leaves out, and away from the start."""
+    model, params, *_ = case
+    tuned = attach(model, METHOD_CASES[name])
+    start = tuned.init(jax.random.key(1), params, tokens)
+    tasks = [noisy(start, seed, 0.1) for seed in (1, 2)]
+    mixed = jax.jit(lambda stacked, task: apply_tasks(tuned, stacked, task, params, tokens))
+    found = mixed(stack_tasks(tasks), jnp.array([0, 1, -1, 1, -1, 0]))
+    one = jax.jit(tuned.apply)
+    first, second = (one(task, params, tokens) for task in tasks)
+    plain = jax.jit(model.apply)(params, tokens)
+    wanted = jnp.stack([first[0], second[1], plain[2], second[3], plain[4], first[5]])
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
+    assert np.abs(first - plain).max() > 1e-6 and np.abs(first - second).max() > 1e-6
+
+
+def test_a_soft_prompt_has_no_backbone_rows():
+    config = TransformerConfig(layers=1, width=16, vocab=50, attention=GroupedQuery(4), precision=DOUBLE)
+    model, tokens = Transformer(config), jnp.array([[3, 4, 5], [6, 7, 8]])
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    tuned = attach(model, SoftPrompt(2))
+    start = tuned.init(jax.random.key(1), params, tokens)
+    tasks = [noisy(start, seed) for seed in (1, 2)]
+    stacked = stack_tasks(tasks)
+    mixed = jax.jit(lambda stacked, task: apply_tasks(tuned, stacked, task, params, tokens))
+    found = mixed(stacked, jnp.array([1, -1]))
+    np.testing.assert_allclose(found[0], tuned.apply(tasks[1], params, tokens)[0], rtol=0, atol=1e-12)
+    assert np.isnan(found[1]).all()
+    with pytest.raises(
+        InputError, match="task -1 of a row is the backbone, but SoftPrompt cannot be switched off"
+    ):
+        apply_tasks(tuned, stacked, [1, -1], params, tokens)
 
 
 def test_gradients_reach_each_rows_task_alone(case, tokens):
