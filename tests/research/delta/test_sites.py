@@ -13,6 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from modicum import InputError
+from modicum.models.products import project
 from modicum.research.delta import Adapter, LoRA, Site, SiteMethod, attach
 
 D, LAYERS = 8, 3
@@ -236,7 +237,7 @@ class HandWritten(nn.Module):
                 a = self.param("a", nn.initializers.normal(), (2 * D, 2))
                 b = self.param("b", nn.initializers.normal(), (2, D))
                 y = nn.Dense(D, name="out")(h)
-                return x + (y + ((h @ a) @ b) * 8.0), None
+                return x + (y + project(project(h, a) * 8.0, b)), None
 
         if self.lift == "scan":
             scan = nn.scan(LoRABlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
