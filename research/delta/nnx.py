@@ -17,7 +17,7 @@ import functools
 import inspect
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,13 +31,9 @@ from ... import InputError
 from .addresses import above_path
 from .attach import Spec, Tuned, attach
 from .methods import Method, Site, SiteMethod, Variables
+from .nnx_hooks import Keys, hook, joined, modules
 from .sites import Call, leading_axes, over_shapes, shapes_of
 from .trees import Place, Tree
-
-ACT = "_delta_act"  # where a module's copy keeps what it does at a call
-
-Keys = tuple[Any, ...]
-Act = Callable[[Any, str, Callable[..., Any], tuple, dict], Any]
 
 _called: ContextVar[set[Place]] = ContextVar("_called")
 
@@ -68,7 +64,7 @@ def nnx_model(module: Any) -> tuple[NNXModel, dict[str, Any]]:
     for keys, variable in nnx.to_flat_state(rest):
         if not isinstance(variable, nnx.RngState):
             raise InputError(
-                f"{type(module).__name__} keeps {type(variable).__name__} at {_joined(keys)!r} beside its "
+                f"{type(module).__name__} keeps {type(variable).__name__} at {joined(keys)!r} beside its "
                 f"parameters; a model here is a function of its parameters alone"
             )
     flat = {_names(keys): variable.get_value() for keys, variable in nnx.to_flat_state(trained)}
@@ -109,7 +105,7 @@ class NNXModel:
         flat, filled = flatten_dict(dict(params)), []
         for keys, variable in nnx.to_flat_state(self.template):
             if _names(keys) not in flat:
-                raise InputError(f"{_joined(keys)}: the NNX model has this parameter, but params has not")
+                raise InputError(f"{joined(keys)}: the NNX model has this parameter, but params has not")
             filled.append((keys, variable.replace(flat[_names(keys)])))
         # Without a copy, gradients through a scan inside the module fail in flax 0.12.8.
         return nnx.merge(self.graphdef, nnx.from_flat_state(filled), self.rest, copy=True)
@@ -118,13 +114,13 @@ class NNXModel:
         self, params: Variables, args: tuple, kwargs: dict, at: set[str]
     ) -> dict[str, dict[str, Call]]:
         """The calls that modules make, as `sites.find_calls`."""
-        modules = {_joined(keys): module for keys, module in _modules(self.module(_abstract(params)))}
-        recorder = _Recorder(params, at, modules)
+        by_path = {joined(keys): module for keys, module in modules(self.module(_abstract(params)))}
+        recorder = _Recorder(params, at, by_path)
 
         def run(params: Variables, *args: Any, **kwargs: Any) -> Any:
             module = self.module(params)
-            for keys, each in list(_modules(module)):
-                _hook(each, _Recording(_joined(keys), recorder), {"__call__", *at})
+            for keys, each in list(modules(module)):
+                hook(each, _Recording(joined(keys), recorder), {"__call__", *at})
             return self._run(module, args, kwargs)
 
         over_shapes(run, params, args, kwargs)
@@ -142,11 +138,11 @@ class NNXModel:
         kwargs = dict(kwargs)
         rng, train = kwargs.pop("rng", None), bool(kwargs.pop("train", False))
         module, deltas = self.module(params), _deltas(params)
-        for keys, each in list(_modules(module)):
-            if own := deltas.get(path := _joined(keys)):
+        for keys, each in list(modules(module)):
+            if own := deltas.get(path := joined(keys)):
                 used = tuple((name, method) for name, method in methods.items() if name in own)
                 draws = _Draws(rng) if train and rng is not None and any(m.random for _, m in used) else None
-                _hook(each, _Adapting(path, used, train, draws), {method.at for _, method in used})
+                hook(each, _Adapting(path, used, train, draws), {method.at for _, method in used})
                 for name, _ in used:
                     setattr(each, name, _delta_param()(own[name]))
         token = _called.set(set())
@@ -257,33 +253,6 @@ def _adapted(
     return method.apply(variables, site, call, args, kwargs)
 
 
-def _hook(module: Any, act: Act, at: Iterable[str]) -> None:
-    """Let `act` stand around those methods `at` that the module has."""
-    found = tuple(sorted(name for name in at if callable(getattr(type(module), name, None))))
-    if found:
-        setattr(module, ACT, act)
-        cls: Any = type(module)
-        module.__class__ = _hooked(cls, found)
-
-
-@functools.cache  # one class for one class: graph definitions compare classes
-def _hooked(cls: type, at: tuple[str, ...]) -> type:
-    """A subclass whose methods `at` ask the instance's act; a parent's method inside one does not."""
-
-    def around(name: str) -> Callable[..., Any]:
-        plain = getattr(cls, name)
-
-        @functools.wraps(plain)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return getattr(self, ACT)(self, name, functools.partial(plain, self), args, kwargs)
-
-        return method
-
-    return type(cls)(
-        cls.__name__, (cls,), {"__module__": cls.__module__} | {name: around(name) for name in at}
-    )
-
-
 @functools.cache
 def _delta_param() -> type:
     """The type of a delta's variables: parameters, to be sliced wherever parameters are."""
@@ -293,12 +262,6 @@ def _delta_param() -> type:
         pass
 
     return DeltaParam
-
-
-def _modules(module: Any) -> Iterator[tuple[Keys, Any]]:
-    from flax import nnx
-
-    yield from nnx.iter_modules(module)
 
 
 def _parameters(module: Any) -> Tree:
@@ -336,10 +299,10 @@ def _seed(module: Any, rng: jax.Array | None) -> None:
 
     for keys, variable in nnx.to_flat_state(nnx.state(module, nnx.RngState)):
         if rng is None:
-            raise InputError(f"the NNX model draws at random at {_joined(keys)}: train=True needs rng=")
+            raise InputError(f"the NNX model draws at random at {joined(keys)}: train=True needs rng=")
         old = variable.get_value()
         if isinstance(variable, nnx.RngKey):
-            key = jax.random.fold_in(rng, np.uint32(zlib.crc32(_joined(keys).encode())))
+            key = jax.random.fold_in(rng, np.uint32(zlib.crc32(joined(keys).encode())))
             new = key if old.shape == () else jax.random.split(key, old.shape)
         else:
             new = jnp.zeros_like(old)
@@ -354,9 +317,5 @@ def _names(keys: Keys) -> tuple[str, ...]:
     """The path of a parameter by names; raises `InputError` for one that an address could not say."""
     names = tuple(map(str, keys))
     if any("/" in name or name.startswith("~") for name in names):
-        raise InputError(f"NNX parameter {_joined(keys)}: a name with '/' or a leading '~' has no address")
+        raise InputError(f"NNX parameter {joined(keys)}: a name with '/' or a leading '~' has no address")
     return names
-
-
-def _joined(keys: Keys) -> str:
-    return "/".join(map(str, keys))

@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -192,6 +193,29 @@ def spread(variables: Variables, hit: Hit, neutral: float) -> Variables:
         return jnp.full((hit.total, *leaf.shape[1:]), neutral, leaf.dtype).at[rows].set(leaf)
 
     return jax.tree.map(fill, variables)
+
+
+@contextmanager
+def changed_output(module: Any, path: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """For a while, the first call of the module at `path` below `module`, which is running, is `change`d."""
+    if not isinstance(module, nn.Module):
+        from .nnx_hooks import changed_output as in_nnx
+
+        with in_nnx(module, path, change):
+            yield
+        return
+    whole = "/".join(part for part in (path_of(module), path) if part)
+    done: list[bool] = []
+
+    def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        output = call(*args, **kwargs)
+        if context.method_name != "__call__" or path_of(context.module) != whole or done:
+            return output
+        done.append(True)
+        return change(output)
+
+    with nn.intercept_methods(intercept):
+        yield
 
 
 def path_of(module: nn.Module) -> str:

@@ -22,6 +22,7 @@ from modicum.research.delta import (
     LoRA,
     ParallelAdapter,
     RandomSubset,
+    SoftPrompt,
     VeRA,
     attach,
     attach_nnx,
@@ -397,3 +398,31 @@ def test_a_delta_whose_module_is_not_called_is_an_error():
     tuned.apply(variables, params, X, spare=True)
     with pytest.raises(InputError, match="spare: the model did not call this module"):
         tuned.apply(variables, params, X)
+
+
+class Words(nnx.Module):
+    """Embeds tokens and mixes them."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(20, D, rngs=rngs)
+        self.block = Block(rngs)
+
+    def __call__(self, tokens):
+        return self.block(self.embed(tokens))
+
+
+@pytest.mark.parametrize("beside", [{}, {"embed": Adapter(2)}], ids=["alone", "on an adapted embedding"])
+def test_a_soft_prompt(beside):
+    """Its vectors stand before those of the tokens; the embedding's own delta acts first."""
+    tokens, module = jnp.array([[3, 4, 5], [6, 7, 8]]), Words(nnx.Rngs(0))
+    tuned, params = attach_nnx(module, {**beside, "": SoftPrompt(4, embed="embed")})
+    variables = moved(tuned.init(jax.random.key(1), params, tokens))
+    prompt = jnp.broadcast_to(variables["delta"]["~soft_prompt"]["prompt"], (2, 4, D))
+    embedded = module.embed(tokens)
+    if beside:
+        alone, own = attach_nnx(module.embed, {"": Adapter(2)})
+        embedded = alone.apply({"delta": variables["delta"]["embed"]}, own, tokens)
+    wanted = module.block(jnp.concatenate([prompt, embedded], 1))[:, 4:]
+    np.testing.assert_allclose(jax.jit(tuned.apply)(variables, params, tokens), wanted, rtol=1e-4, atol=1e-5)
+    slope = jax.grad(lambda delta: tuned.apply({"delta": delta}, params, tokens).sum())(variables["delta"])
+    assert jnp.abs(slope["~soft_prompt"]["prompt"]).max() > 1e-4
