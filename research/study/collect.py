@@ -12,7 +12,7 @@ from .configs import flatten
 from .figures import Axis, Line, line_plot
 from .records import STEP, read_records
 from .report import Report, Section
-from .runs import CONFIG, ENVIRONMENT, METRICS, RESULT, read_json, run_folders
+from .runs import CONFIG, ENVIRONMENT, METRICS, RESULT, TREE, read_json, run_folders
 from .tables import Cell, Table, summarise
 
 # What identifies a run but is no choice, or is averaged over.
@@ -23,13 +23,14 @@ POINTS = 400
 
 @dataclass(frozen=True)
 class Collected:
-    """A run as it lies on disk; `result` is empty where it is not finished."""
+    """A run as it lies on disk; `result` is empty where it is not finished, `tree` without a delta."""
 
     name: str
     question: Mapping[str, Any]
     result: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
     environment: Mapping[str, Any]
+    tree: str = ""
 
 
 def collect(root: Path) -> list[Collected]:
@@ -55,7 +56,8 @@ def report_from_runs(root: Path) -> Report:
         summary=f"{len(runs)} runs, {finished} finished; results are means ± standard deviations over seeds.",
         sections=sections,
         details={f"{run.name}: environment": _lines(run.environment) for run in runs[:1]}
-        | {f"{run.name}: configuration": _lines(flatten(run.question)) for run in runs[:LINES]},
+        | {f"{run.name}: configuration": _lines(flatten(run.question)) for run in runs[:LINES]}
+        | {f"{run.name}: what is tuned": run.tree for run in runs[:LINES] if run.tree},
     )
 
 
@@ -110,7 +112,8 @@ def _read(folder: Path, root: Path) -> Collected:
     metrics = folder / METRICS
     name = str(folder.relative_to(root)) if folder != root else folder.name
     records = read_records(metrics) if metrics.exists() else []
-    return Collected(name, load(CONFIG), load(RESULT), records, load(ENVIRONMENT))
+    tree = (folder / TREE).read_text(encoding="utf-8") if (folder / TREE).exists() else ""
+    return Collected(name, load(CONFIG), load(RESULT), records, load(ENVIRONMENT), tree)
 
 
 def _measured(run: Collected) -> dict[str, float]:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 State = Literal["new", "resumed", "finished"]
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.json", "environment.json", "metrics.jsonl", "result.json"
+TREE = "tree.txt"  # what a delta tunes
 
 
 def run_id(config: Any, seed: int, data_fingerprint: str = "", revision: int = 1) -> str:

@@ -25,7 +25,7 @@ from ..data.examples import Examples
 from ..data.tokenizers import Tokenizer
 from ..delta import Spec, Tuned, as_transformer, attach, load_delta, read_header, save_delta
 from ..delta.summary import parameter_count
-from ..study.runs import Run
+from ..study.runs import TREE, Run, write_atomically
 from .config import TrainingConfig
 from .evaluation import SumsOf, make_evaluation
 from .job import Evaluation, Job, Wrap
@@ -279,4 +279,5 @@ def _store(folder: Path, task: TuningTask, trained: Params, delta: LoadedDelta |
             folder / MODEL, task.model, trained, labels=labels, tokenizer=task.tokenizer, notes=task.notes
         )
         return folder / MODEL
+    write_atomically(folder / TREE, f"{delta.tuned.tree(delta.params, delta.variables)}\n")
     return save_delta(folder / DELTA, delta.tuned, delta.variables, delta.params, notes=task.notes)

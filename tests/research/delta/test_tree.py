@@ -1,5 +1,6 @@
 """The tree of a tuned model: what it counts, what it folds, and that its drawings are well formed."""
 
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -21,6 +22,16 @@ from modicum.research.delta import (
     to_svg,
     tree,
 )
+from modicum.research.study.collect import report_from_runs
+from modicum.research.study.runs import Run
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a run asks."""
+
+    method: str = "lora"
+
 
 SPEC = {
     "layers_{0,2-5}/attention/(query|value)": LoRA(2, initialisation="pissa"),
@@ -125,6 +136,16 @@ def test_the_page_and_the_drawing_say_what_the_text_says(case):
         assert line.node.name in text
     assert found.totals() in text
     assert "http" not in to_html(found)  # nothing is loaded from anywhere
+
+
+def test_the_report_of_a_tuned_run_shows_its_tree(case, tmp_path):
+    run = Run.open(tmp_path, Question(), seed=0)
+    run.finish({"accuracy": 0.5})
+    tuned, params, variables = case(True)
+    assert "what is tuned" not in report_from_runs(tmp_path).html()
+    (run.folder / "tree.txt").write_text(str(tuned.tree(params, variables)), encoding="utf-8")
+    page = report_from_runs(tmp_path).html()
+    assert "what is tuned" in page and "added + fixed, layers 0,2-5 of 6" in page
 
 
 def test_names_are_escaped():
