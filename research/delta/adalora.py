@@ -83,8 +83,8 @@ class AdaLoRA(SiteMethod):
         y, x = call(*args, **kwargs), first_input(args, kwargs)
         x = matrix_of(site, x, y, "AdaLoRA").flatten(x).astype(y.dtype)
         x = dropped(x, site, self.dropout, variables.get("seed"))
-        added = through(x, variables["a"] * variables["e"], variables["b"])
-        return y + (added * self.scale).reshape(y.shape)
+        added = through(x, variables["a"] * variables["e"], variables["b"], self.scale)
+        return y + added.reshape(y.shape)
 
     def merge(self, variables: Variables, params: Variables, path: str) -> Variables:
         """The kernel plus the scaled product, summed in single precision or better."""

@@ -90,7 +90,7 @@ class DoRA(SiteMethod):
         else:
             base = y.reshape(*x.shape[:-1], -1)
         gain = self._gain(variables, kernel)
-        added = through(seen, variables["a"], variables["b"]) * self.scale
+        added = through(seen, variables["a"], variables["b"], self.scale)
         change = (gain - 1.0).astype(y.dtype) * base + gain.astype(y.dtype) * added
         return y + change.reshape(y.shape)
 

@@ -61,7 +61,8 @@ def save_delta(
         backbone = backbone_hash(tuned, variables, params)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = to_bytes({path: _host(leaf) for path, leaf in flatten_dict(dict(variables), sep="/").items()})
+    arrays, same = _once({path: _host(leaf) for path, leaf in flatten_dict(dict(variables), sep="/").items()})
+    data = to_bytes(arrays)
     digest = hashlib.sha256(data).hexdigest()
     name = f"delta-{digest[:12]}.safetensors"
     header = {
@@ -70,7 +71,7 @@ def save_delta(
         "backbone": backbone,
         "entries": [_entry_to_json(entry) for entry in tuned.entries],
         "exclude": [address.text for address in tuned.exclude],
-        "tensors": {"file": name, "sha256": digest, "bytes": len(data)},
+        "tensors": {"file": name, "sha256": digest, "bytes": len(data), "same": same},
         "notes": dict(notes or {}),
     }
     text = json.dumps(header, indent=2, sort_keys=True) + "\n"
@@ -172,7 +173,28 @@ def _read_tensors(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from None
     flat = {name: _array(tensor) for name, tensor in tensors}
+    for name, first in said.get("same", {}).items():
+        if first not in flat:
+            raise InputError(f"{path}: no {first!r} in it, which delta.json names; the file is damaged")
+        flat[name] = jnp.array(flat[first], copy=True)  # memory of its own, as at initialisation
     return {"delta": {}, "delta_state": {}, **unflatten_dict(flat, sep="/")}
+
+
+def _once(flat: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays without the state that equals an earlier one's bit by bit, and which one it equals.
+
+    VeRA's matrices are the same at all sites of one shape.
+    """
+    first: dict[tuple, str] = {}
+    kept, same = {}, {}
+    for path, leaf in flat.items():
+        if path.startswith("delta_state/") and leaf.ndim:
+            content = leaf.dtype, leaf.shape, hashlib.sha256(leaf.tobytes()).digest()
+            if (earlier := first.setdefault(content, path)) != path:
+                same[path] = earlier
+                continue
+        kept[path] = leaf
+    return kept, same
 
 
 def _array(tensor: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from ...models.products import project
 from .low_rank import dropout_seed, dropped, product, require_dropout, require_rank
 from .matrices import matrix_of
 from .methods import Axes, Site, SiteMethod, Variables, first_input
@@ -66,7 +67,7 @@ class VeRA(SiteMethod):
         x = matrix_of(site, x, y, "VeRA").flatten(x).astype(y.dtype)
         x = dropped(x, site, self.dropout, variables.get("seed"))
         cast = {name: variables[name].astype(y.dtype) for name in ("a", "b", "lambda_d", "lambda_b")}
-        added = (((x @ cast["a"]) * cast["lambda_d"]) @ cast["b"]) * cast["lambda_b"]
+        added = project(project(x, cast["a"]) * cast["lambda_d"], cast["b"]) * cast["lambda_b"]
         return y + added.reshape(y.shape)
 
     def merge(self, variables: Variables, params: Variables, path: str) -> Variables:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from modicum import InputError
-from modicum.research.delta import VeRA, attach, parameter_count
+from modicum.research.delta import VeRA, attach, load_delta, parameter_count, save_delta
 
 X = jax.random.normal(jax.random.key(7), (2, 5, 12))
 
@@ -45,6 +45,18 @@ def test_sites_of_one_shape_share_their_matrices_which_the_seed_decides():
         np.testing.assert_allclose(matrix.std(), bound / 3**0.5, rtol=0.05)
     again = started(VeRA(200, seed=1))[1]["delta_state"]["first"]["~vera"]
     assert jnp.abs(again["a"] - a).max() > 0.1
+
+
+def test_a_file_holds_the_matrices_of_one_shape_once(tmp_path):
+    tuned, variables, params = started(VeRA(200), "(first|second|split)")
+    save_delta(tmp_path, tuned, variables, params)
+    (file,) = tmp_path.glob("*.safetensors")
+    numbers = (12 * 200 + 200 * 12 + 200 * 8) + 3 * 200 + 12 + 12 + 8  # split has the same A
+    assert 4 * numbers < file.stat().st_size < 4 * numbers + 1500
+    _, found = load_delta(tmp_path, tuned.model, params)
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(found)]
+    assert len(set(pointers)) == len(pointers)
 
 
 @pytest.mark.parametrize("address", ["first", "split"])
