@@ -21,6 +21,8 @@ from .modules import Base, base_of
 from .places import taken
 from .whole import write_whole
 
+CLASSIFIER = "classifier"  # what PEFT calls it, in every family here
+
 
 def save_peft(
     folder: str | Path,
@@ -50,9 +52,13 @@ def save_peft(
     wrapped = "target_modules" in keys  # in PEFT; a prompt's model is not
     task = _task(known, changed, wrapped)
     if task == "SEQ_CLS":  # PEFT then always wants all of what it calls the classifier
-        groups = (known.entries[name] for name in known.entries if name.startswith("classifier."))
+        groups = (known.entries[name] for name in known.entries if name.startswith(f"{CLASSIFIER}."))
         changed |= {entry.ours for group in groups for entry in group}
     modules, whole = write_whole(sorted(changed), params, known)
+    if task == "SEQ_CLS":  # RoBERTa's is several modules, which PEFT takes as one
+        modules = sorted(
+            {CLASSIFIER if f"{name}.".startswith(f"{CLASSIFIER}.") else name for name in modules}
+        )
     if twice := sorted(set(modules) & set(keys.get("target_modules", ()))):
         raise InputError(
             f"{twice[0]}: a delta and arrays trained in full in one module; PEFT has one of them"

@@ -79,6 +79,38 @@ FAMILIES = {
         },
         "SEQ_CLS",
     ),
+    "roberta": Family(
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        {
+            "initializer_range": 0.3,
+            "vocab_size": VOCAB,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "intermediate_size": 40,
+            "max_position_embeddings": 40,
+            "num_labels": LABELS,
+            "pad_token_id": 1,
+        },
+        "SEQ_CLS",
+    ),
+    "opt": Family(
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 24,
+            "word_embed_proj_dim": 24,
+            "ffn_dim": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "max_position_embeddings": 40,
+            "init_std": 0.2,
+            "pad_token_id": 1,
+        },
+        "CAUSAL_LM",
+    ),
     "t5": Family(
         "T5ForConditionalGeneration",
         "T5Config",
@@ -97,6 +129,9 @@ FAMILIES = {
         "SEQ_2_SEQ_LM",
     ),
 }
+
+
+MAIN = ("gpt2", "llama", "bert", "t5")  # those that every method is tried on where it can be
 
 
 @dataclass(frozen=True)
@@ -164,7 +199,7 @@ def batch(name, seed=0, rows=2, length=9):
     ids, mask = draw.integers(3, VOCAB, (rows, length)), np.ones((rows, length), np.int64)
     mask[-1, -3:] = 0  # the last row ends in padding
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if name == "bert":
+    if FAMILIES[name].task == "SEQ_CLS":
         return inputs, draw.integers(0, LABELS, rows)
     if name == "t5":
         decoder = draw.integers(3, VOCAB, (rows, 6))
@@ -312,7 +347,8 @@ def tree_gap(found, expected):
 def made_here(case, method, tuned, variables, tmp_path, *, again=True):
     """A delta of ours, saved: PEFT computes the same, and loaded here it is the same."""
     save_peft(tmp_path / "ours", tuned, variables, case.pretrained)
-    model = case.loaded(tmp_path / "ours")
+    model = case.loaded(tmp_path / "ours", trainable=True)
+    assert any(parameter.requires_grad for parameter in model.parameters())
     expected = expected_logits(case, model)
     figure = gap(found_logits(case, tuned)(variables), expected)
     report(case, method, {"to": figure})

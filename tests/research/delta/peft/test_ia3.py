@@ -6,7 +6,7 @@ from modicum import InputError
 from modicum.research.delta import IA3, Full, LoRA
 from modicum.research.delta.peft import save_peft
 
-from .oracle import FAMILIES, exchange, made_here, peft
+from .oracle import FAMILIES, MAIN, exchange, made_here, peft
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
 
@@ -18,7 +18,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MAIN)
 def test_ia3(bases, tmp_path, name):
     targets, inputs = TARGETS[name]
     if isinstance(inputs, str):

@@ -6,7 +6,7 @@ from modicum import InputError
 from modicum.research.delta import LoRA
 from modicum.research.delta.peft import load_peft
 
-from .oracle import FAMILIES, exchange, made_here, peft
+from .oracle import FAMILIES, MAIN, exchange, made_here, peft
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
 
@@ -26,7 +26,7 @@ def lora(name, **options):
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MAIN)
 def test_lora(bases, tmp_path, name):
     exchange(bases(name), "LoRA", lora(name), tmp_path)
 
@@ -61,7 +61,7 @@ def test_starts_from_the_weights(bases, tmp_path, name, start):
     exchange(bases(name), start, config, tmp_path, exact=False)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MAIN)
 def test_made_here(bases, tmp_path, name):
     case = bases(name)
     spec = {"mlp/down": LoRA(3, 5.0), "attention/output": LoRA(2, 4.0)}

@@ -6,7 +6,7 @@ from modicum import InputError
 from modicum.research.delta import Prefix, PromptEncoder, ShiftPositions, SoftPrompt
 from modicum.research.delta.peft import save_peft
 
-from .oracle import FAMILIES, exchange, made_here, peft
+from .oracle import FAMILIES, MAIN, exchange, made_here, peft
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("quick_compile")]
 
@@ -47,7 +47,7 @@ def test_a_prefix_that_peft_cannot_have(bases, tmp_path, spec):
         save_peft(tmp_path, tuned, variables, case.pretrained)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MAIN)
 def test_prompt(bases, tmp_path, name):
     """An encoder-decoder's file has rows that PEFT does not use; they are not written again."""
     config = peft.PromptTuningConfig(num_virtual_tokens=5, task_type=FAMILIES[name].task)
@@ -62,7 +62,7 @@ def test_prompt_of_an_encoder(bases, tmp_path, name):
     exchange(bases(name), "P-tuning", config, tmp_path, train=False)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MAIN)
 def test_prompt_made_here(bases, tmp_path, name):
     """PEFT wants the classifier of a classifier too, whether it was trained or not."""
     case = bases(name)
