@@ -179,6 +179,10 @@ class Evaluate:
 
         names = ("text_column", "pair_column", "prompt", "label_column", "target_column")
         reading = Reading.of(notes, **{name: getattr(self, name) for name in names})
+        if reading.kind != notes.get("kind", "classification"):
+            raise InputError(
+                f"--target-column {self.target_column}: the model was tuned to tell labels apart"
+            )
         labels = None if reading.kind == "text-to-text" else Labels(tuple(notes["labels"]))
         source = self._of_split(reading.splits(self.data))
         found = reading.rows(source, speaker, labels, longest(speaker, self.length), self.truncate)

@@ -145,5 +145,9 @@ def test_deltas_on_what_they_are_not_for(refused, modicum, tiny_published, data,
     assert refused("generate", model, "--delta", folder, "--prompt", "so", "--dtype", "bfloat16") == (
         "--delta belongs to parameters in float32: leave out --dtype bfloat16"
     )
+    evaluate = ("evaluate", model, "--data", data, "--delta", folder)
+    assert refused(*evaluate, *ANSWER) == (
+        "--target-column label_text: the model was tuned to tell labels apart"
+    )
     said = refused("evaluate", tiny_published("llama"), "--data", data, "--delta", folder)
     assert said.startswith(f"{folder / 'delta'}: this delta belongs to backbone ")
