@@ -129,7 +129,14 @@ def written(kind: str, task: str | None, base: str, keys: Mapping[str, Any]) -> 
         "task_type": task,
         **keys,
     }
-    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+    return json.dumps(_plain(values), indent=2, sort_keys=True) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Whole numbers as integers, as other readers of these files expect an alpha to be."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def most_common(values: Collection[Any]) -> Any:

@@ -153,6 +153,7 @@ def test_a_lora_is_written(bases, tmp_path):
         "use_dora": False,
         "use_rslora": False,
     }
+    assert isinstance(config["lora_alpha"], int)
     shapes = {f"{name}.lora_A.weight": (2, WIDTH) for name in keys}
     shapes |= {f"{name}.lora_B.weight": (2 * (WIDTH // 4), 2) for name in keys}
     shapes |= {f"{name}.lora_A.weight": (3, WIDTH) for name in ups}
