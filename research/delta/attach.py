@@ -224,6 +224,11 @@ class Tuned:
     def _select(self, entry: Entry, paths: Sequence[str], params: Mapping[str, Any]) -> dict[str, Hit]:
         method, address = entry.method, entry.address
         if isinstance(method, SiteMethod):
+            if not paths:
+                raise InputError(
+                    f"{type(method).__name__} acts at {method.at!r}, and no module that this model "
+                    f"called has it"
+                )
             return select(address, paths, params, exclude=self.exclude)
         named = select(address, paths, params, exclude=self.exclude, above=True, what="array")
         found = {path: hit for path, hit in named.items() if method.accepts(path)}

@@ -1,4 +1,4 @@
-"""Prefix tuning at Flax's own attention, `nn.MultiHeadDotProductAttention`."""
+"""Prefix tuning at Flax's own attention, Linen's and NNX's."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .prefix import Prefix
 
 @dataclass(frozen=True)
 class FlaxPrefix(Prefix):
-    """`Prefix` with `G` = `num_heads`, put in front of what the module's `attention_fn` is given.
+    """`Prefix` put in front of what the module's `attention_fn` is given.
 
-    The mask is padded where there is one, so any attention function serves that takes `mask`, and the
-    module's normalised keys, dropout and cache (`decode=True`) stay what they are. Default position: modules
-    of the name that Flax gives them.
+    `G` is `num_heads`, on NNX `num_kv_heads`. The mask is padded where there is one, so any attention
+    function serves that takes `mask`, and the module's normalised keys, dropout and cache (`decode=True`)
+    stay what they are. Default position: modules of the name that Linen gives them.
     """
 
     name: ClassVar[str] = "flax_prefix"
@@ -33,28 +33,38 @@ class FlaxPrefix(Prefix):
 
     def init(self, rng: jax.Array, site: Site, args: tuple, output: Any) -> Variables:
         """`key` and `value`, or the MLP that makes them; raises `InputError` at any other module."""
-        module = site.module
-        if not isinstance(module, nn.MultiHeadDotProductAttention):
-            raise InputError(
-                f"{site.path or 'the root module'}: a FlaxPrefix needs an nn.MultiHeadDotProductAttention, "
-                f"not {type(module).__name__}"
-            )
+        module: Any = site.module
+        if not _is_flax_attention(module):
+            linen = isinstance(module, nn.Module)
+            needed = "nn.MultiHeadDotProductAttention" if linen else "nnx.MultiHeadAttention"
+            found = type(module).__name__
+            raise InputError(f"{site.path or 'the root module'}: a FlaxPrefix needs an {needed}, not {found}")
         if "mask" not in inspect.signature(module.attention_fn).parameters:
             raise InputError(
                 f"{site.path or 'the root module'}: a FlaxPrefix needs an attention_fn that takes mask="
             )
-        shape = module.num_heads, (module.qkv_features or args[0].shape[-1]) // module.num_heads
+        heads = getattr(module, "num_kv_heads", module.num_heads)
+        shape = heads, (module.qkv_features or args[0].shape[-1]) // module.num_heads
         return self.start(rng, shape, shape)
 
     def apply(
         self, variables: Variables, site: Site, call: Callable[..., Any], args: tuple, kwargs: dict
     ) -> Any:
         """The module's output with its attention function wrapped for the duration of the call."""
-        assert isinstance(site.module, nn.MultiHeadDotProductAttention)
+        module: Any = site.module
         key, value = self.keys_and_values(variables)
-        attend = _with_prefix(site.module.attention_fn, key, value, variables["on"] > 0)
-        with _replaced(site.module, attention_fn=attend):
+        attend = _with_prefix(module.attention_fn, key, value, variables["on"] > 0)
+        with _replaced(module, attention_fn=attend):
             return call(*args, **kwargs)
+
+
+def _is_flax_attention(module: Any) -> bool:
+    """Whether it is Linen's, or NNX's, which is not imported for this."""
+    if isinstance(module, nn.Module):
+        return isinstance(module, nn.MultiHeadDotProductAttention)
+    return all(
+        hasattr(module, name) for name in ("attention_fn", "num_heads", "num_kv_heads", "qkv_features")
+    )
 
 
 def _with_prefix(attend: Callable, prefix_key: jax.Array, prefix_value: jax.Array, on: jax.Array) -> Callable:
@@ -66,6 +76,9 @@ def _with_prefix(attend: Callable, prefix_key: jax.Array, prefix_value: jax.Arra
     ) -> Any:
         length, own = prefix_key.shape[0], key.shape[-3]
         mask = kwargs.get("mask")
+        if kwargs.pop("is_causal", False):  # NNX's; as a mask, for the prefix shifts the keys
+            causal = jnp.tril(jnp.ones((query.shape[-3], own), bool))
+            mask = causal[None] if mask is None else jnp.logical_and(mask, causal)
         mask = jnp.ones((1,) * (query.ndim - 1) + (own,), bool) if mask is None else mask.astype(bool)
         seen = jnp.broadcast_to(on, (*mask.shape[:-1], length))
         kwargs["mask"] = jnp.concatenate([seen, mask], -1)
@@ -82,9 +95,9 @@ def _in_front(x: jax.Array, prefix: jax.Array) -> jax.Array:
 
 
 @contextmanager
-def _replaced(module: nn.Module, **fields: Any) -> Iterator[None]:
-    """Fields of a module that is running, which is Flax's own copy and never the user's, for a while."""
-    assert module.scope is not None
+def _replaced(module: Any, **fields: Any) -> Iterator[None]:
+    """Fields of a module that is running, which is a copy and never the user's, for a while."""
+    assert not isinstance(module, nn.Module) or module.scope is not None
     before = {name: getattr(module, name) for name in fields}
     try:
         for name, value in fields.items():

@@ -17,10 +17,12 @@ from modicum.research.delta import (
     Compacter,
     DiffPruning,
     DoRA,
+    FlaxPrefix,
     Full,
     LayerNormTuning,
     LoRA,
     ParallelAdapter,
+    Prefix,
     RandomSubset,
     SoftPrompt,
     VeRA,
@@ -426,3 +428,44 @@ def test_a_soft_prompt(beside):
     np.testing.assert_allclose(jax.jit(tuned.apply)(variables, params, tokens), wanted, rtol=1e-4, atol=1e-5)
     slope = jax.grad(lambda delta: tuned.apply({"delta": delta}, params, tokens).sum())(variables["delta"])
     assert jnp.abs(slope["~soft_prompt"]["prompt"]).max() > 1e-4
+
+
+def by_hand(module, x, key, value, mask):
+    """NNX's attention with keys and values `[n, G, K]` in front, which all queries see."""
+    rows = [jnp.broadcast_to(each, (x.shape[0], *each.shape)) for each in (key, value)]
+    keys = jnp.concatenate([rows[0], module.key(x)], 1)
+    values = jnp.concatenate([rows[1], module.value(x)], 1)
+    seen = jnp.concatenate([jnp.ones((5, 3), bool), mask], 1)
+    return module.out(nnx.dot_product_attention(module.query(x), keys, values, mask=seen[None]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_prefix_in_nnx_attention(causal):
+    module = nnx.MultiHeadAttention(2, D, decode=False, rngs=nnx.Rngs(0))
+    tuned, params = attach_nnx(module, {"": FlaxPrefix(3)})
+    options = {"is_causal": causal}
+    variables = tuned.init(jax.random.key(1), params, X, **options)
+    prefix = variables["delta"]["~flax_prefix"]
+    got = jax.jit(lambda v: tuned.apply(v, params, X, **options))(variables)
+    mask = jnp.tril(jnp.ones((5, 5), bool)) if causal else jnp.ones((5, 5), bool)
+    wanted = by_hand(module, X, prefix["key"], prefix["value"], mask)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    assert jnp.abs(got - module(X, **options)).max() > 0.01
+
+
+def test_a_prefix_in_scanned_nnx_layers_leaves_the_others_alone():
+    one, params = attach_nnx(Unrolled(nnx.Rngs(0)), {"layers/{0,2}/attention": FlaxPrefix(3)})
+    two, _ = attach_nnx(Scanned(nnx.Rngs(0)), {"layers/{0,2}/attention": FlaxPrefix(3)})
+    variables = one.init(jax.random.key(1), params, X)
+    rows = {
+        part: {"layers": jax.tree.map(lambda *r: jnp.stack(r), *(tree["layers"][i] for i in ("0", "2")))}
+        for part, tree in variables.items()
+    }
+    got = jax.jit(two.apply)(rows, stacked(params), X)
+    np.testing.assert_allclose(got, one.apply(variables, params, X), rtol=1e-4, atol=1e-4)
+
+
+def test_our_prefix_says_that_it_acts_at_our_attention(unrolled):
+    tuned, params = attach_nnx(unrolled, {"attention": Prefix(3)})
+    with pytest.raises(InputError, match="Prefix acts at 'attend', and no module that this model called has"):
+        tuned.init(jax.random.key(1), params, X)
