@@ -111,8 +111,11 @@ def test_the_best_learning_rate_by_dev_is_reported(modicum, data, trained, tmp_p
     }
     assert set(dev) == {"probe-1e-05", "probe-0.03"}
     assert dev[best_of(said)[0].name] == max(dev.values())
+    best = best_of(said)[0].name
+    assert f"{tmp_path / best}: dev accuracy {dev[best]:.1%} (best at step " in said.out
     for name, accuracy in dev.items():
-        assert f"{tmp_path / name}: dev accuracy {accuracy:.1%} (best at step " in said.out
+        rate = re.escape(name.removeprefix("probe-"))
+        assert re.search(rf"^ *{rate} +{accuracy:.1%}$", said.out, re.M)
 
 
 @pytest.mark.slow
