@@ -96,13 +96,12 @@ class TuningJob:
         if self.method == "lora":
             sites = 2 * self.layers
             yield 2 * sites, (rows, width, self.rank)  # down, and the gradient of what it gave
-            yield 2 * sites - 2, (rows, self.rank, width)  # up, and the input's gradient
-            yield 2, (rows, self.rank, width)  # in the first layer up only
+            yield 2 * sites - 2, (rows, self.rank, width)  # up, and the input's gradient but in the first
             yield 2 * sites, (width, rows, self.rank)  # gradients of A and of B
 
     @property
     def flops(self) -> float:
-        """Multiplications and additions of one step that the method cannot do without, times two.
+        """Multiplications and additions of one step of the model as it is written.
 
         Attention has two products forward and four backward of `[T, T]` with the heads' width.
         """

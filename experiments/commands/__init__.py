@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given == ["--version"]:
         print(f"modicum {__version__}")
         return 0
+    if arguments is None and given[:1] in (["train"], ["tune"]):  # this process is ours, and it trains
+        from ...research.training.host_memory import keep_freed_memory
+
+        keep_freed_memory()
     debug = "--debug" in given
     logging.basicConfig(level=logging.WARNING, format="modicum: %(message)s")
     try:
