@@ -32,8 +32,8 @@ class DiffPruning(LeafMethod):
     gate that multiplies all of its own ("structured"); a stack of scanned layers is one array.
 
     `w` starts at zero, so the model starts exactly where it was; `log_alpha` at `start`. 1.25e-7 and 5 are
-    the values in the authors' code. `project` then keeps the largest differences and stores them alone;
-    until then a delta is two or three times as large as its arrays. Default position: the whole model.
+    the values in the authors' code, read in copies of it. `project` then keeps the largest differences and
+    stores them alone; until then a delta is twice as large as its arrays. Default position: the whole model.
     """
 
     sparsity: float = 1.25e-7

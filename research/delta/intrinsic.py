@@ -26,7 +26,7 @@ class SAID(LeafMethod):
     array, made again from a stored seed whenever it is needed, so that only the vector, the factors and
     the seeds are kept. The vector starts at zero and the factors at one, so the model starts exactly where
     it was. `dimension` counts the vector; the paper's d counts the factors too. The paper has a factor for
-    each layer and its authors' code one for each array, as here; a stack of scanned layers is one array.
+    each layer, public code for it one for each array, as here; a stack of scanned layers is one array.
     Default position: the whole model. The default dimension is ours.
     """
 
@@ -73,8 +73,8 @@ def fastfood(vector: jax.Array, seed: jax.Array, size: int) -> jax.Array:
     """A random linear map of `vector [d]` to `[size]` that keeps its length on average.
 
     Blocks of `H G Π H B vector` (Le et al., 2013, "Fastfood", arXiv 1408.3060) of the least power of two
-    that holds the vector: signs B, permutation Π, normal numbers G, and Hadamard transforms H, divided as in
-    Aghajanyan et al.'s code, who pad the vector to the array's size and so make one block of it. Random
+    that holds the vector: signs B, permutation Π, normal numbers G, and Hadamard transforms H, divided by
+    their size. Public code for SAID pads the vector to the array's size and so makes one block of it. Random
     numbers are hashes of (seed, position): the same under every version and setting of JAX. A few blocks
     are made at a time, and nothing of them is kept for the backward pass.
     """

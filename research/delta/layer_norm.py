@@ -18,8 +18,8 @@ class LayerNormTuning(Offset):
     """`scale + offset` and `bias + offset` of every normalisation layer below the address, starting at zero.
 
     A norm is told by the name of the module that holds the array: one that ends in `norm`, with or without
-    a number, whatever its case, or `ln`, `ln_1`, `ln_f`. RMS norms have a scale alone. Ding et al. (2023)
-    and PEFT (`LN_TUNING`) train copies, which has the same gradients. Default position: the whole model.
+    a number, whatever its case, or `ln`, `ln_1`, `ln_f`. RMS norms have a scale alone. PEFT's `LN_TUNING`
+    trains copies instead, which has the same gradients. Default position: the whole model.
     """
 
     name: ClassVar[str] = "layer_norm"

@@ -60,6 +60,7 @@ COVERED = {
     "NNX: the user's model changed": "test_nnx::test_the_users_model_is_not_touched",
     "NNX: paths renamed": "test_nnx::test_paths_are_those_of_the_model",
     "NNX: a function compiled inside": "test_nnx::test_a_function_compiled_inside_the_model_is_found_again",
+    "NNX: a method that acts through Linen": "test_nnx::test_a_soft_prompt",
     # section 3.3
     "an offset lost in bfloat16": "test_leaves::test_bitfit_learns_below_the_steps_of_a_bfloat16_bias",
     "a delta lost in merging": "test_merging::test_lost_bits_are_an_error_that_says_how_many",
