@@ -1,8 +1,8 @@
 """Attention of short sequences: the whole score matrix at once, with a backward pass written by hand.
 
 Up to the length of one tile there is nothing to skip, so the loop over tiles and its online softmax are work
-for nothing; and the probabilities, about as large as a feed-forward layer's neurons, are kept for the backward
-pass instead of being computed again.
+for nothing; and the probabilities, about as large as a feed-forward layer's neurons, are kept for the
+backward pass instead of being computed again.
 """
 
 from __future__ import annotations
