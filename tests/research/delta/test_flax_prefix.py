@@ -152,5 +152,5 @@ def test_errors():
     params = Deaf().init(jax.random.key(0), X)["params"]
     with pytest.raises(InputError, match="deaf: a FlaxPrefix needs an attention_fn that takes mask="):
         attach(Deaf(), {"deaf": FlaxPrefix(2)}).init(jax.random.key(1), params, X)
-    with pytest.raises(InputError, match="names no module"):
+    with pytest.raises(InputError, match="no module"):
         attach(Deaf(), Prefix(2)).init(jax.random.key(1), params, X)
