@@ -49,9 +49,9 @@ class RandomSubset(SparseOffset):
     """Offsets on a share of each array's numbers, drawn once without replacement and then kept.
 
     The random mask beside which Sung et al. (2021, arXiv 2111.09839) put theirs, of the same share chosen by
-    Fisher information; their 0.5% is the default. It is of every addressed array, rounded, at least one number;
-    `count`, where given, is the number itself. With a layer range the rows of a stack are one array. The
-    positions are stored with the delta. Default position: the whole model.
+    Fisher information; their 0.5% is the default. It is of every addressed array, rounded, at least one
+    number; `count`, where given, is the number itself. With a layer range the rows of a stack are one
+    array. The positions are stored with the delta. Default position: the whole model.
     """
 
     fraction: float = 0.005
