@@ -21,7 +21,7 @@ CLOCKS: tuple[Clock, ...] = get_args(Clock)
 def steps_table(seen: Measurements) -> Table:
     """Rates and times of a step, and how many times as long as the first one's each takes."""
     first = "ours" if seen.first.startswith("ours") else LABELS[seen.first]
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (
             LABELS[name],
             seen.job.tokens / seen.seconds(name, "wall"),

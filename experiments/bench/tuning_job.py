@@ -36,7 +36,7 @@ class TuningJob:
     batch: int = 16
     length: int = 128
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8

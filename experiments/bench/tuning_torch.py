@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -66,7 +67,7 @@ def tuned_model(job: TuningJob) -> nn.Module:
     return (with_lora(model, job) if job.method == "lora" else model).train()
 
 
-def with_lora(model: nn.Module, job: TuningJob) -> nn.Module:
+def with_lora(model: Any, job: TuningJob) -> nn.Module:
     """PEFT's LoRA on query and value, started at the job's numbers; the classifier is trained too."""
     config = LoraConfig(
         task_type="SEQ_CLS",
@@ -75,7 +76,7 @@ def with_lora(model: nn.Module, job: TuningJob) -> nn.Module:
         lora_dropout=0.0,
         target_modules=["query", "value"],
     )
-    tuned = get_peft_model(model, config)
+    tuned: Any = get_peft_model(model, config)
     with torch.no_grad():
         for layer, pair in zip(tuned.base_model.model.bert.encoder.layer, job.down_projections()):
             for name, a in zip(("query", "value"), pair):
