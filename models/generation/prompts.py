@@ -59,8 +59,8 @@ def unrolled(model: Transformer, params: Params) -> tuple[Transformer, Params]:
     """
     if not isinstance(model, Transformer):
         raise InputError(
-            f"the model is a {type(model).__name__}; generating needs a Transformer (merge a delta into its "
-            f"parameters first)"
+            f"the model is a {type(model).__name__}; generating needs a Transformer (of a delta on one, "
+            f"research.delta.as_transformer makes it)"
         )
     if not model.config.scan:
         return model, params

@@ -2,7 +2,9 @@
 
 `attach` puts methods where addresses say. Rooms: `addresses` (the address language), `attach` (the tuned
 model), `sites` (deltas at module calls), `leaves` (deltas on parameter arrays), `methods` (what a method
-is), one file per method, `storage` (delta files), `summary` (what is tuned, added, frozen).
+is), one file per method, `storage` (delta files), `summary` and `tree` (what is tuned, added, frozen).
+What is done with trained deltas: `switching`, `mixed_batches`, `merging`, `conversion` (to LoRA),
+`combination` and `joining`, `stacking` (of layers), `generation`; `axes` says how they lie on a mesh.
 """
 
 from .adalora import AdaLoRA
