@@ -91,3 +91,19 @@ def check_stored(command, folder):
     elif command not in ("probe", "ia3", "last-layers"):
         assert methods == [COMMANDS[command].stored, "full"]
     assert header["entries"][-1]["address"] == HEAD
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["adalora", "lora", "prompt-encoder"])
+def test_a_mesh_gives_the_same(modicum, tiny_published, data, tmp_path, command):
+    arguments = ["tune", tiny_published("bert"), "--data", data, *OPTIONS]
+    method = [command, *(option for option in TINY[command] if option not in ("--initialisation", "pissa"))]
+    for name, mesh in {"one": [], "two": ["--mesh", "data=8", "--zero", 1]}.items():
+        said = modicum(*arguments, "--out", tmp_path / name, *mesh, *method)
+        assert said.code == 0, said.error
+    one, two = (
+        json.loads((tmp_path / name / f"{command}-0.01" / "result.json").read_text())
+        for name in ("one", "two")
+    )
+    assert two["dev_loss"] == pytest.approx(one["dev_loss"], abs=1e-3)
+    assert two["trained_parameters"] == one["trained_parameters"]
