@@ -185,13 +185,14 @@ def measure_all(
     cases: Sequence[MemoryCase], topology: str, kept: Path | None, report: Callable[[str], None] = print
 ) -> list[MemoryFound]:
     """Each case in turn; those that the file `kept` has, for the same devices, are read and not compiled."""
-    devices = devices_of(topology)
     known = {} if kept is None or not kept.exists() else dict(map(_read, kept.read_text().splitlines()))
+    devices: list[Any] = []  # found when needed: libtpu serves one process at a time
     found = []
     for case in cases:
         key = json.dumps([topology, dataclasses.asdict(case)])
         if key not in known:
             report(f"compiling {case.method}, batch {case.batch}, length {case.length}, remat {case.remat}")
+            devices = devices or devices_of(topology)
             known[key] = measure_memory(case, devices)
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
