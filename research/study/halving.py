@@ -1,5 +1,6 @@
-"""Successive halving: many candidates get a little training, the better ones the rest (Jamieson and Talwalkar,
-2016, arXiv 1502.07943).
+"""Successive halving: many candidates get a little training, the better ones the rest.
+
+Jamieson and Talwalkar, 2016, arXiv 1502.07943.
 
     found = successive_halving([1e-4, 3e-4, 1e-3], stops=(50, 100), advance=train_to, score=dev_accuracy)
     found.best, found.rungs
@@ -47,9 +48,9 @@ def successive_halving(
 ) -> Found[Candidate]:
     """Train every candidate to `stops[0]`, the best `keep` of them (at least one) to `stops[1]`, and so on.
 
-    `advance(candidate, state, start, stop)` trains from its `state` (None: from the beginning) and returns the
-    new one; `score(state)` are numbers compared in order, larger is better; one that is not finite loses. Of
-    equal scores the earlier candidate wins.
+    `advance(candidate, state, start, stop)` trains from its `state` (None: from the beginning) and returns
+    the new one; `score(state)` are numbers compared in order, larger is better; one that is not finite loses.
+    Of equal scores the earlier candidate wins.
     """
     _check(candidates, stops, keep)
     states: dict[Candidate, State | None] = dict.fromkeys(candidates)
