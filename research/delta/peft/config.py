@@ -102,13 +102,9 @@ class Config:
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value for `module` of a `rank_pattern`: keys are expressions that match the end of a name."""
     for pattern, value in patterns.items():
-        try:
-            found = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
-            raise InputError(
-                f"{CONFIG}: the pattern {pattern!r} is no regular expression ({error})"
-            ) from None
-        if found:
+        if _expression(rf"(.*\.)?({pattern})$", pattern).match(module):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InputError(f"{CONFIG}: the pattern {pattern!r} gives {value!r}; a number is valid")
             return value
     return default
 
@@ -116,8 +112,17 @@ def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 def named_in(names: Any, module: str) -> bool:
     """Whether a list of ends of names, or a regular expression for whole names, names `module`."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return _expression(names, names).fullmatch(module) is not None
+    if not isinstance(names, list | None):
+        raise InputError(f"{CONFIG}: {names!r} names no modules; a list or a regular expression is valid")
     return any(module == name or module.endswith(f".{name}") for name in names or ())
+
+
+def _expression(text: str, shown: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise InputError(f"{CONFIG}: the pattern {shown!r} is no regular expression ({error})") from None
 
 
 def written(kind: str, task: str | None, base: str, keys: Mapping[str, Any]) -> str:

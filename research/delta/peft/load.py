@@ -23,8 +23,11 @@ from .files import PREFIX, ROOT, TENSORS, Tensors, read_tensors
 from .kinds import codec_of
 from .modules import Base, base_of
 from .places import filled, specification
+from .prefix import PROMPT
+from .vera import A, B
 from .whole import read_whole
 
+OF_NO_MODULE = (PROMPT, A, B)
 COPY = ".base_layer."  # PEFT stores the weights of an adapted output layer too
 
 
@@ -92,7 +95,7 @@ def _sorted(
     for name, tensor in tensors.items():
         own = next((name.removeprefix(prefix) for prefix in (PREFIX, ROOT) if name.startswith(prefix)), name)
         suffix = next((each for each in suffixes if own == each or own.endswith(f".{each}")), None)
-        if own == suffix:  # of no module: a prompt, VeRA's shared matrices
+        if own == suffix and suffix in OF_NO_MODULE:
             found.setdefault("", {})[own] = tensor
         elif suffix is None:
             whole = base.named(own, base.entries)

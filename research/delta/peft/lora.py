@@ -56,7 +56,7 @@ class LoRACodec:
         stabilised, dropout = config.take("use_rslora", False), float(config.take("lora_dropout", 0.0))
         weighted = config.take("use_dora", False)
         start = config.take("init_lora_weights", None)
-        if start not in PLAIN_STARTS and start not in STARTS:
+        if start not in (*PLAIN_STARTS, *STARTS):
             raise InputError(
                 f"{config.path}: init_lora_weights={start!r} changes the base model's weights in a way that "
                 f"is not stored; {CONVERT}"

@@ -45,7 +45,7 @@ class PromptCodec:
         config.ignore("num_layers", "num_attention_heads", "token_dim", *BEGINNINGS, *ENCODER)
         length = config.take("num_virtual_tokens", 0)
         both = base.model.config.kind == "encoder-decoder"
-        stacks = config.take("num_transformer_submodules", None) or (2 if both else 1)
+        stacks = config.take("num_transformer_submodules", 0) or (2 if both else 1)
         prompt, shape = found.get("", {}).get(PROMPT), (length * stacks, base.model.config.width)
         if prompt is None or prompt.shape != shape or length < 1:
             has = "absent" if prompt is None else f"of shape {list(prompt.shape)}"

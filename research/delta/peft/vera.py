@@ -51,12 +51,12 @@ class VeRACodec:
             module = base.modules[name]
             check_shape(name, D, tensors, (rank,))
             check_shape(name, LAMBDA_B, tensors, (module.outputs,))
-            a, b = shared[A][:, : module.inputs], shared[B][: module.outputs]
-            if a.shape != (rank, module.inputs) or b.shape != (module.outputs, rank):
+            if not _holds(shared[A], rank, module.inputs) or not _holds(shared[B].T, rank, module.outputs):
                 raise InputError(
                     f"{name}: {A} {list(shared[A].shape)} and {B} {list(shared[B].shape)} are too small for "
                     f"its {module.inputs}x{module.outputs} matrix and r={rank}"
                 )
+            a, b = shared[A][:, : module.inputs], shared[B][: module.outputs]
             for part in module.parts:
                 values = {"a": a.T, "b": columns_of(b.T, part), "lambda_d": tensors[D]}
                 deltas[part.path] = Delta(method, values | {"lambda_b": columns_of(tensors[LAMBDA_B], part)})
@@ -148,6 +148,11 @@ def _place(
         pairs[index].fix(*wanted)
         chosen[index] = first["lambda_d"]
     return chosen
+
+
+def _holds(projection: np.ndarray, rank: int, size: int) -> bool:
+    """Whether `[rank, size]` can be cut from it."""
+    return projection.ndim == 2 and len(projection) == rank and projection.shape[1] >= size
 
 
 def _outer(module: Module, own: Mapping[str, Delta]) -> np.ndarray:

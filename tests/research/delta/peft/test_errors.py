@@ -86,6 +86,8 @@ VALUES = {
     "quantised": ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
     "rank": ({"r": 4}, f"{NAME}.lora_A.weight has shape [2, {WIDTH}]"),
     "type": ({"r": "2"}, "r='2'; a value of type int is valid"),
+    "start's type": ({"init_lora_weights": [1]}, "init_lora_weights=[1] changes"),
+    "alpha's pattern": ({"alpha_pattern": {"q_proj": "x"}}, "the pattern 'q_proj' gives 'x'"),
     "pattern": ({"rank_pattern": {"(": 2}}, "'(' is no regular expression"),
     "DoRA": ({"use_dora": True}, f"{NAME} has lora_A.weight, lora_B.weight but no lora_magnitude_vector"),
 }
@@ -100,13 +102,16 @@ def test_values_that_do_not_fit(adapter, llama, changes, words):
 
 PLACES = {
     "another model": ("transformer.h.0.attn.c_attn", "LlamaForCausalLM has no place for"),
+    "no module": ("", "LlamaForCausalLM has no place for: lora_A.weight"),
     "a layer too many": ("model.layers.7.self_attn.q_proj", "model.layers.7.self_attn.q_proj.lora_A.weight"),
 }
 
 
 @pytest.mark.parametrize("name,words", PLACES.values(), ids=PLACES)
 def test_tensors_without_a_place(tmp_path, llama, name, words):
-    refused(write(tmp_path / "a", {"r": 2}, lora_files(name, WIDTH, WIDTH, 2)), llama, words)
+    tensors = lora_files(name, WIDTH, WIDTH, 2)
+    tensors = {key.replace("..", "."): tensor for key, tensor in tensors.items()}
+    refused(write(tmp_path / "a", {"r": 2}, tensors), llama, words)
 
 
 def test_tensors_that_do_not_belong(tmp_path, llama, gpt2):
@@ -144,6 +149,16 @@ def test_other_kinds_that_do_not_fit(tmp_path, llama):
         refused(write(tmp_path / "d", config, turned), llama, words)
     factors = {f"base_model.model.{NAME}.ia3_l": draw(1, WIDTH)}
     refused(write(tmp_path / "e", {"peft_type": "IA3"}, factors), llama, "ia3_l has shape")
+    for names, words in (("(", "'(' is no regular expression"), (1, "1 names no modules")):
+        config = {"peft_type": "IA3", "feedforward_modules": names}
+        refused(write(tmp_path / "e", config, factors), llama, words)
+
+
+def test_projections_of_too_few_axes(tmp_path, llama):
+    prefix = f"base_model.model.{NAME}"
+    vera = {f"{prefix}.vera_lambda_d": draw(4), f"{prefix}.vera_lambda_b": draw(WIDTH)}
+    shared = {"base_model.vera_A": draw(4), "base_model.vera_B": draw(WIDTH, 4)}
+    refused(write(tmp_path / "a", {"peft_type": "VERA", "r": 4}, vera | shared), llama, "vera_A [4]")
 
 
 SPECS = {
