@@ -52,7 +52,7 @@ class LanguageModel:
 def is_published(path: str) -> bool:
     """Whether a folder holds a published checkpoint: runs of ours have a `config.json` of another kind."""
     file = Path(path) / "config.json"
-    return file.is_file() and '"model_type"' in file.read_text("utf-8")
+    return file.is_file() and '"model_type"' in file.read_text("utf-8", "replace")
 
 
 def is_own(path: str) -> bool:
@@ -126,11 +126,18 @@ def open_tuned(path: str, delta: Path, ignore: Sequence[str] = ()) -> LanguageMo
 
 def find_delta(path: Path) -> Path:
     """The delta folder at `path`: itself, or the `delta` of a finished run."""
+    from ...research.study.runs import METRICS
+
     for folder in (path, path / "delta"):
         if (folder / "delta.json").is_file():
             return folder
     if (path / "model" / "model.json").is_file():
         raise InputError(f"{path} holds a whole model, no delta: evaluate {path} itself, without --delta")
+    if (path / METRICS).is_file():
+        raise InputError(
+            f"{path} is a run that was not finished: it was stopped, or other learning rates were better; "
+            f"give the one that `modicum tune` called best"
+        )
     raise InputError(f"{path} holds no delta.json; give a delta folder or a finished run of `modicum tune`")
 
 

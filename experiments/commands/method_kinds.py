@@ -150,6 +150,20 @@ class FoldedAtRoot(AtRoot, Folded):
     """The same at the model's root."""
 
 
+class Prefixed(Folded):
+    """A prefix, of which the model's positions may know."""
+
+    length: int
+    shift_positions: bool
+
+    def spec(self, params: Mapping[str, Any], classifies: bool) -> Spec:
+        """The prefix, the shift where it is asked for, and the classifier's head."""
+        from ...research.delta import ShiftPositions
+
+        shift: Spec = {"": ShiftPositions(self.length)} if self.shift_positions else {}
+        return {**shift, **super().spec(params, classifies)}
+
+
 class Pruned(SiteOrLeaf):
     """Diff pruning, of whose differences the largest are kept in the end."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import tyro
 
 from ... import InputError
-from .method_kinds import SiteOrLeaf, TuningMethod
+from .method_kinds import Prefixed, SiteOrLeaf, TuningMethod
 from .methods import Method
 from .options import PlacementOptions, TrainingOptions
 from .reading import Reading
@@ -113,6 +113,8 @@ class Tune:
             layout=layout,
             speaker=prepared.speaker,
         )
+        if self.peft is not None:
+            runs.require_peft(self.training.seed)
         try:
             best = runs.choose(configs, self.sweep)
             folder = runs.conclude(best, self.seeds)
@@ -133,7 +135,7 @@ class Tune:
         return [self.training.config(rate, metric) for rate in self.learning_rate]
 
     def _check_peft(self, reading: Reading) -> None:
-        """Refuse at once what PEFT's files cannot say of this run."""
+        """Refuse at once, before the model is read, what PEFT's files never hold."""
         from ...research.delta.peft.kinds import codec_for
         from .language_models import is_own
 
@@ -148,6 +150,10 @@ class Tune:
         method = self.method.method() if isinstance(self.method, SiteOrLeaf) else None
         if method is None or codec_for(method) is None:
             raise InputError(f"--peft: PEFT has no {self.method.command}")
+        if isinstance(self.method, Prefixed) and not self.method.shift_positions:
+            raise InputError(
+                "--peft: PEFT counts a prefix as past tokens: give --shift-positions to train so"
+            )
 
     def _reading(self) -> Reading:
         return Reading(self.text_column, self.pair_column, self.prompt, self.label_column, self.target_column)

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import jax
@@ -115,6 +116,15 @@ class TuningRuns:
             f"{result['stored_bytes']:,} bytes stored"
         )
         return self.opened[ranked].folder
+
+    def require_peft(self, seed: int) -> None:
+        """Raise `InputError` where PEFT cannot have the delta, found out on one that is not trained yet."""
+        from ...research.delta.peft import save_peft
+
+        assert self.speaker.pretrained is not None
+        tuned, variables = self.task(seed).untrained()
+        with TemporaryDirectory() as folder:
+            save_peft(folder, tuned, variables, self.speaker.pretrained)
 
     def save_peft(self, folder: Path, target: Path) -> None:
         """Write the delta of a finished run as an adapter of PEFT."""

@@ -32,7 +32,7 @@ from .job import Evaluation, Job, Wrap
 from .loop import Outcome, train
 from .loss_scale import scaling_for
 from .model_folder import TrainedModel, save_model, with_classifier
-from .objectives import Forward, Loss, classification, delta_tuning, language_modelling
+from .objectives import Forward, Loss, classification, delta_tuning, inputs_of, language_modelling
 from .program import build_program
 from .recorder import Report
 from .tasks import evaluation_of, tuning_job
@@ -79,6 +79,13 @@ class TuningTask:
     def tuned(self) -> Tuned | None:
         """The model with its deltas; None where all parameters are tuned."""
         return None if self.spec is None else attach(self.model, self.spec)
+
+    def untrained(self) -> tuple[Tuned, Mapping[str, Any]]:
+        """The delta before any training as it would be stored: what may refuse it is asked early."""
+        tuned = attach(self.model, self.spec or {})
+        row = {name: jax.numpy.asarray(array)[None] for name, array in self.rows["train"][0].items()}
+        variables = tuned.init(jax.random.key(0), self.params, row["tokens"], **inputs_of(row))
+        return (tuned, variables) if self.settle is None else self.settle(tuned, variables)
 
     def job(self, config: TrainingConfig, layout: Layout, sums_of: SumsOf | None = None) -> Job:
         """What the training loop is to do."""

@@ -162,6 +162,16 @@ def test_a_delta_that_is_not_there(evaluate, trained, data):
     assert evaluate(trained, data).startswith(f"{data} holds no delta.json; give a delta folder or")
 
 
+def test_a_run_that_has_no_delta_yet(evaluate, trained, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert evaluate(trained, tmp_path).startswith(f"{tmp_path} is a run that was not finished: ")
+
+
+def test_a_configuration_that_is_no_text(evaluate, tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
+    assert evaluate(tmp_path, tmp_path).startswith(f"{tmp_path} holds no ")
+
+
 def test_a_delta_of_another_backbone(evaluate, modicum, data, tuned, other, tmp_path, train_options):
     reseeded = tmp_path / "reseeded"
     assert modicum("train", data, "--out", reseeded, *train_options, "--seed", 1).code == 0

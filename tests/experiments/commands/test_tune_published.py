@@ -128,9 +128,19 @@ def test_generate_writes_what_the_tuned_model_says(answering, modicum, tiny_publ
     assert said.out.split() == (text if family == "t5" else f"{prompt} {text}").split()
 
 
-def test_an_adapter_of_peft_is_written_beside(tune, tiny_published, data, tmp_path):
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["lora", "--rank", 2],
+        pytest.param(
+            ["prefix", "--length", 3, "--reparameterise", 4, "--shift-positions"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=["lora", "prefix"],
+)
+def test_an_adapter_of_peft_is_written_beside(tune, tiny_published, data, tmp_path, method):
     target = tmp_path / "peft"
-    said, folder = tune("gpt2", ["lora", "--rank", 2], *ANSWERS, "--peft", target, data=data)
+    said, folder = tune("gpt2", method, *ANSWERS, "--peft", target, data=data)
     assert said.out.endswith(f"{target}: the same as an adapter of PEFT\n")
     pretrained, tokens = load_pretrained(tiny_published("gpt2")), np.arange(6)[None]
     theirs, variables = load_peft(target, pretrained)

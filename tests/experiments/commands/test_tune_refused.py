@@ -122,6 +122,10 @@ def test_what_peft_cannot_have(tune, refused, trained, data, tmp_path):
     peft = ("--peft", tmp_path / "peft")
     assert tune("gpt2", *peft).startswith("--peft writes text-to-text deltas")
     assert tune("gpt2", *peft, *ANSWER, method=["adapter"]) == "--peft: PEFT has no adapter"
+    assert "give --shift-positions" in tune("gpt2", *peft, *ANSWER, method=["prefix"])
+    oft = tune("gpt2", *peft, *ANSWER, method=["oft", "--block-size", 4])
+    assert oft.endswith("attn.c_attn: PEFT has no OFT for weights [in, out] such as Conv1D's")
+    assert not (tmp_path / "peft").exists()
     said = refused("tune", trained, "--data", data, "--out", tmp_path / "out", *peft, *ANSWER, "lora")
     assert said == f"--peft is for published models, and {trained} is none"
 
