@@ -156,7 +156,9 @@ class Tuned:
         Raises `InputError` that names a method whose merge cannot be undone (`Full` keeps nothing of it).
         """
         params, own = dict(merged), variables_by_place(variables)
-        for (path, name), entry in reversed(list(self._places(variables))):
+        # The reverse of `merge`, which does arrays first: sorted is stable.
+        in_order = sorted(self._places(variables), key=lambda each: isinstance(each[1].method, SiteMethod))
+        for (path, name), entry in reversed(in_order):
             hit, method = self._hit(entry, path, params), entry.method
             if isinstance(method, SiteMethod):
                 placed = spread(own[path, name], hit, method.neutral)
@@ -302,8 +304,9 @@ def _entries(spec: Spec | Method) -> tuple[Entry, ...]:
     if isinstance(spec, Method):
         spec = dict.fromkeys(spec.positions, spec)
     if not isinstance(spec, Mapping) or not spec:
+        found = "empty" if isinstance(spec, Mapping) else f"a {type(spec).__name__}"
         raise InputError(
-            "a delta specification maps addresses to methods, {'attention/query': LoRA()}; this is empty"
+            f"a delta specification maps addresses to methods, {{'attention/query': LoRA()}}; this is {found}"
         )
     counts: Counter[str] = Counter()
     entries = []

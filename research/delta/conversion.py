@@ -24,8 +24,8 @@ from .lora import LoRA
 from .low_rank import wide
 from .methods import SiteMethod, Variables
 from .sites import spread
-from .switching import PARTS, entry_names, only
-from .trees import Place, Tree, from_places, node_at, own_params, places, variables_by_place, with_node
+from .switching import entry_names, only
+from .trees import PARTS, Place, Tree, from_places, node_at, own_params, places, variables_by_place, with_node
 
 Factors = tuple[jax.Array, jax.Array]
 
@@ -68,6 +68,8 @@ def to_lora(
         if not isinstance(method, SiteMethod):
             continue
         found = {path: own[path, entry.name] for (path, each) in hits if each == entry}
+        if not found:  # it is switched off
+            continue
         changes = {}
         for path, each in found.items():
             merged, changes[path] = _merged_at(merged, path, method, each, hits[path, entry])

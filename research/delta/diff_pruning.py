@@ -15,7 +15,7 @@ from .attach import Entry, Tuned
 from .methods import LeafMethod, Variables
 from .offsets import offset_dtype
 from .random_subset import SparseOffset
-from .trees import Place, from_places, places
+from .trees import Place, from_places, places, require_variables
 
 # Gates are stretched from (0, 1) to this interval and clipped, so that both 0 and 1 have a probability
 # (Guo et al., section 3.1, after Louizos et al., 2018, arXiv 1712.01312).
@@ -112,6 +112,7 @@ def project(
     fraction out of range, and for differences that are not finite.
     """
     pruned = {entry.name: entry for entry in tuned.entries if isinstance(entry.method, DiffPruning)}
+    require_variables(variables)
     trained, state = places(variables["delta"]), places(variables.get("delta_state", {}))
     gated = {place: _difference(pruned[place[1]], trained[place]) for place in trained if place[1] in pruned}
     if not gated:

@@ -80,6 +80,7 @@ def _with_prefix(attend: Callable, prefix_key: jax.Array, prefix_value: jax.Arra
             causal = jnp.tril(jnp.ones((query.shape[-3], own), bool))
             mask = causal[None] if mask is None else jnp.logical_and(mask, causal)
         mask = jnp.ones((1,) * (query.ndim - 1) + (own,), bool) if mask is None else mask.astype(bool)
+        mask = jnp.broadcast_to(mask, (*mask.shape[:-1], own))  # it may say the same of all keys
         seen = jnp.broadcast_to(on, (*mask.shape[:-1], length))
         kwargs["mask"] = jnp.concatenate([seen, mask], -1)
         key, value = (_in_front(x, each) for x, each in ((key, prefix_key), (value, prefix_value)))

@@ -15,7 +15,7 @@ from typing import Any
 from ... import InputError
 from .attach import Entry, Tuned
 from .methods import Variables
-from .trees import Place, Tree, from_places, places
+from .trees import Place, Tree, from_places, places, require_variables
 
 Delta = tuple[Tuned, Mapping[str, Any]]
 
@@ -34,6 +34,7 @@ def join(deltas: Sequence[Delta]) -> tuple[Tuned, dict[str, Tree]]:
     ]
     parts: dict[str, dict[Place, Variables]] = {"delta": {}, "delta_state": {}}
     for (_, variables), names in zip(deltas, renaming):
+        require_variables(variables)
         for part, found in parts.items():
             for (path, name), own in places(variables.get(part, {})).items():
                 found[path, names[name]] = own

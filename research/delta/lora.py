@@ -45,7 +45,8 @@ class LoRA(SiteMethod):
       `y + s ((dropout(x) A) B - (x A_start) B_start)`.
 
     Every one of them starts the model exactly where it was. Works at Dense and DenseGeneral (axes flattened)
-    and at `nn.Embed`, where A `[V, rank]` is zero, B from N(0, 1) and nothing is dropped, as in PEFT.
+    and at `nn.Embed`, where A `[V, rank]` is zero, B from N(0, 1) and nothing is dropped, as in PEFT. A table
+    that also makes the logits (`attend`) is adapted where it embeds alone, while merging changes both.
     Default positions: attention's query and value, as in the paper. Computed in the site's own dtype.
     """
 

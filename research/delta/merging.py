@@ -11,14 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ... import InputError
 from .attach import Tuned
 from .methods import LeafMethod
-from .trees import Tree
-
-Flat = dict[str, Any]
+from .trees import Tree, leaf_paths, node_at, with_node
 
 
 def safe_merge(
@@ -32,17 +29,18 @@ def safe_merge(
     """
     merged, figures = _merged(tuned, params, variables)
     for path, (broken, loss) in figures.items():
+        array = node_at(merged, path)
         if broken:
             raise InputError(
-                f"{path}: {broken} of its {merged[path].size} merged numbers are not finite; the delta or "
-                f"the backbone has such numbers already, or the sum is too large for {merged[path].dtype}"
+                f"{path}: {broken} of its {array.size} merged numbers are not finite; the delta or the "
+                f"backbone has such numbers already, or the sum is too large for {array.dtype}"
             )
         if loss > lost:
             raise InputError(
-                f"{path}: rounding the sum to {merged[path].dtype} loses {loss:.2g} of the update (norm), "
+                f"{path}: rounding the sum to {array.dtype} loses {loss:.2g} of the update (norm), "
                 f"more than lost={lost:g}; merge into float32 parameters, or allow it by lost=1.0"
             )
-    return unflatten_dict(merged, sep="/")
+    return merged
 
 
 def lost_in_merge(tuned: Tuned, params: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, float]:
@@ -52,27 +50,28 @@ def lost_in_merge(tuned: Tuned, params: Mapping[str, Any], variables: Mapping[st
 
 def _merged(
     tuned: Tuned, params: Mapping[str, Any], variables: Mapping[str, Any]
-) -> tuple[Flat, dict[str, tuple[int, float]]]:
+) -> tuple[Tree, dict[str, tuple[int, float]]]:
     """All arrays after the merge, and of those that it may change (non-finite numbers, part lost)."""
-    flat = flatten_dict(dict(params), sep="/")
-    paths = _changed(tuned, variables, flat, params)
-    precise = {path: _precise(leaf) if path in paths else leaf for path, leaf in flat.items()}
-    sums = flatten_dict(tuned.merge(unflatten_dict(precise, sep="/"), variables), sep="/")
-    figures = {}
+    precise: Tree = dict(params)
+    paths = _changed(tuned, variables, params)
     for path in paths:
-        old, exact = flat[path], sums[path]
-        sums[path] = _placed_like(exact.astype(old.dtype), old)
-        figures[path] = _figures(precise[path], exact, sums[path])
-    return sums, {path: (int(n), float(x)) for path, (n, x) in jax.device_get(figures).items()}
+        precise = with_node(precise, path, _precise(node_at(params, path)))
+    merged, figures = tuned.merge(precise, variables), {}
+    for path in paths:
+        old, exact = node_at(params, path), node_at(merged, path)
+        rounded = _placed_like(exact.astype(old.dtype), old)
+        merged = with_node(merged, path, rounded)
+        figures[path] = _figures(node_at(precise, path), exact, rounded)
+    return merged, {path: (int(n), float(x)) for path, (n, x) in jax.device_get(figures).items()}
 
 
-def _changed(tuned: Tuned, variables: Mapping[str, Any], flat: Flat, params: Mapping[str, Any]) -> list[str]:
+def _changed(tuned: Tuned, variables: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
     """The floating-point arrays that belong to a site of the delta, or that it re-parameterises."""
     places = [(path, isinstance(entry.method, LeafMethod)) for path, entry in tuned.hits(variables, params)]
     leaves = {path for path, leaf in places if leaf}
     modules = {path for path, leaf in places if not leaf}
-    found = [path for path in flat if path in leaves or path.rpartition("/")[0] in modules]
-    return [path for path in found if jnp.issubdtype(flat[path].dtype, jnp.floating)]
+    found = [path for path in leaf_paths(params) if path in leaves or path.rpartition("/")[0] in modules]
+    return [path for path in found if jnp.issubdtype(node_at(params, path).dtype, jnp.floating)]
 
 
 def _precise(leaf: jax.Array) -> jax.Array:

@@ -24,8 +24,8 @@ from ... import InputError
 from .attach import Tuned
 from .leaves import apply_leaf
 from .methods import LeafMethod, SiteMethod
-from .switching import PARTS, Variables
-from .trees import Tree, from_places, node_at, places, variables_by_place, with_node
+from .switching import Variables
+from .trees import PARTS, Tree, from_places, node_at, places, variables_by_place, with_node
 
 BACKBONE = -1
 

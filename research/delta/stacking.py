@@ -21,8 +21,7 @@ from .addresses import Hit, stack
 from .attach import Entry, Tuned
 from .folding import spans
 from .methods import LeafMethod, Variables
-from .switching import PARTS
-from .trees import Place, Tree, from_places, places
+from .trees import PARTS, Place, Tree, from_places, places
 
 STACKED = re.compile(r"(?P<stack>(?:.*/)?layers)(?:/layer_(?P<slot>\d+))?(?P<rest>(?:/.*)?)")
 NUMBERED = re.compile(r"(?P<stack>(?:.*/)?layers)_(?P<layer>\d+)(?P<rest>(?:/.*)?)")

@@ -12,10 +12,9 @@ from typing import Any
 
 from ... import InputError
 from .attach import Tuned
-from .trees import Tree, from_places, places, variables_by_place
+from .trees import PARTS, Tree, from_places, places, variables_by_place
 
 Variables = Mapping[str, Any]
-PARTS = "delta", "delta_state"
 
 
 def only(variables: Variables, names: str | Iterable[str]) -> dict[str, Tree]:

@@ -20,6 +20,8 @@ Place = tuple[str, str]  # (path of the module or leaf, `~name`)
 # What all arrays of an entry have in common lies at the root, `~said/shared/vector`.
 SHARED = "shared"
 
+PARTS = "delta", "delta_state"
+
 
 def node_at(tree: Any, path: str) -> Any:
     """The subtree or leaf at `path`, None where there is none."""
@@ -52,7 +54,8 @@ def places(tree: Mapping[str, Any]) -> dict[Place, Tree]:
 
 def variables_by_place(variables: Mapping[str, Any]) -> dict[Place, Tree]:
     """Trained variables and state of each delta together, as its method gets them."""
-    trained, fixed = (places(variables.get(part, {})) for part in ("delta", "delta_state"))
+    require_variables(variables)
+    trained, fixed = (places(variables.get(part, {})) for part in PARTS)
     common = {
         name: trained.pop((path, name))[SHARED]
         for path, name in list(trained)
@@ -60,6 +63,16 @@ def variables_by_place(variables: Mapping[str, Any]) -> dict[Place, Tree]:
     }
     own = {place: {**trained.get(place, {}), **fixed.get(place, {})} for place in {**trained, **fixed}}
     return {place: {**common.get(place[1], {}), **each} for place, each in own.items()}
+
+
+def require_variables(variables: Mapping[str, Any]) -> None:
+    """Raise `InputError` for another tree than a delta's variables, which would act as no delta at all."""
+    if not isinstance(variables, Mapping) or "delta" not in variables or set(variables) - set(PARTS):
+        names = list(variables)[:4] if isinstance(variables, Mapping) else type(variables).__name__
+        raise InputError(
+            f"a delta's variables are {{'delta': ..., 'delta_state': ...}}, as init returns them, not "
+            f"{names}; apply takes them before the parameters, merge behind them"
+        )
 
 
 def from_places(found: Mapping[Place, Mapping[str, Any]]) -> Tree:

@@ -17,9 +17,11 @@ from modicum.research.delta import (
     LoRA,
     VeRA,
     attach,
+    entry_names,
     load_delta,
     save_delta,
     to_lora,
+    without,
 )
 
 DOUBLE = Precision("float64", "float64", "float64")
@@ -205,3 +207,10 @@ def test_ranks_that_cannot_be(bench):
     for rank in (0, -1, 1.0, 0.0, 1.5, True):
         with pytest.raises(InputError, match=r"is neither a number from 1 nor a share"):
             to_lora(tuned, variables, params, rank=rank)
+
+
+def test_entries_that_are_switched_off_stay_so(bench):
+    tuned, variables, params = bench.tuned({QUERY: DoRA(2), "mlp/up": VeRA(2), "mlp/down": AdaLoRA(2)})
+    found = to_lora(tuned, without(variables, ["dora", "vera"]), params)
+    assert set(found.residual) == {f"layers_{layer}/mlp/down/~adalora" for layer in range(3)}
+    assert entry_names(found.variables) == {"~lora"}

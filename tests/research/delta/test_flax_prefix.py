@@ -154,3 +154,16 @@ def test_errors():
         attach(Deaf(), {"deaf": FlaxPrefix(2)}).init(jax.random.key(1), params, X)
     with pytest.raises(InputError, match="no module"):
         attach(Deaf(), Prefix(2)).init(jax.random.key(1), params, X)
+
+
+def test_a_mask_that_says_the_same_of_all_keys():
+    """Flax takes masks that broadcast, `[B, 1, T, 1]` for instance."""
+    model = nn.MultiHeadDotProductAttention(2)
+    params = model.init(jax.random.key(0), X)["params"]
+    tuned = attach(model, {"": FlaxPrefix(N)})
+    variables = tuned.init(jax.random.key(1), params, X)
+    whole, narrow = (
+        tuned.apply(variables, params, X, mask=np.ones((2, 1, 5, keys), bool), deterministic=True)
+        for keys in (5, 1)
+    )
+    np.testing.assert_array_equal(narrow, whole)

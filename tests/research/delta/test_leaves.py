@@ -11,13 +11,17 @@ import pytest
 
 from modicum import InputError
 from modicum.research.delta import (
+    IA3,
     BitFit,
+    DiffPruning,
     Full,
     LoRA,
     attach,
     attach_leaves,
+    join,
     load_delta,
     parameter_count,
+    project,
     save_delta,
 )
 from modicum.research.delta.leaves import FunctionModel
@@ -260,3 +264,36 @@ class Pair(NamedTuple):
 def test_trees_without_addresses_are_refused(params, message):
     with pytest.raises(InputError, match=message):
         attach_leaves(network, {"": Full()}).init(jax.random.key(0), params)
+
+
+@pytest.mark.parametrize("spec", [{"": [IA3(), BitFit()]}, {"": [BitFit(), IA3()]}], ids=["after", "before"])
+def test_a_merge_is_undone_in_its_own_order(spec):
+    """Arrays are merged first, whatever the specification says first: so they are undone last."""
+    model = nn.Dense(3)
+    params = {**model.init(jax.random.key(0), X)["params"], "bias": jnp.array([1.0, -2.0, 3.0])}
+    tuned = attach(model, spec)
+    variables = moved(tuned.init(jax.random.key(1), params, X))
+    back = tuned.unmerge(tuned.merge(params, variables), variables)
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6), back, params)
+
+
+def test_another_tree_than_a_deltas_variables_is_no_delta():
+    """It would act as no delta at all, and the backbone's outputs be taken for the tuned model's."""
+    tuned = attach_leaves(network, {"head": DiffPruning()})
+    variables = tuned.init(jax.random.key(0), PARAMS)
+    delta = variables["delta"]
+    for use in (
+        lambda: tuned.apply(delta, PARAMS, X),
+        lambda: tuned.apply(PARAMS, variables, X),
+        lambda: tuned.merge(variables, PARAMS),
+        lambda: tuned.unmerge(variables, PARAMS),
+        lambda: tuned.penalty({}),
+        lambda: tuned.penalty({"params": PARAMS, **variables}),
+        lambda: project(tuned, delta, 0.5),
+        lambda: join([(tuned, delta)]),
+    ):
+        with pytest.raises(
+            InputError, match=r"a delta's variables are .* as init returns them, not"
+        ) as error:
+            use()
+        assert "\n" not in str(said.value)

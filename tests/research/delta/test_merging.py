@@ -16,6 +16,7 @@ from modicum.research.delta import (
     BitFit,
     Full,
     LoRA,
+    RandomSubset,
     attach,
     attach_leaves,
     lost_in_merge,
@@ -132,3 +133,18 @@ def test_sharded_parameters_stay_where_they_lie(case):
     assert kernel.sharding.spec == PartitionSpec("fsdp", "tensor")
     wanted = tuned.merge(params, variables)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), merged, wanted)
+
+
+def test_lists_and_names_with_slashes_are_checked_and_keep_their_form():
+    """As Haiku names modules, and as plain JAX code keeps layers."""
+    weights = jnp.full((4, 4), 1.0, jnp.bfloat16)
+    params = {"layers": [{"w": weights}, (weights,)], "mlp/~/linear": {"w": weights}}
+    tuned = attach_leaves(lambda params, x: x, {"": RandomSubset(0.5)})
+    start = tuned.init(jax.random.key(0), params)
+    variables = {**start, "delta": jax.tree.map(lambda leaf: leaf + 1e-3, start["delta"])}
+    lost = lost_in_merge(tuned, params, variables)
+    assert lost == {"layers/0/w": 1.0, "layers/1/0": 1.0, "mlp/~/linear/w": 1.0}
+    with pytest.raises(InputError, match="layers/0/w: rounding the sum to bfloat16 loses 1 of the update"):
+        safe_merge(tuned, params, variables)
+    merged = safe_merge(tuned, params, variables, lost=1.0)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)

@@ -509,6 +509,8 @@ def test_lora_starts_as_in_peft():
         ({"out": LoRA(9)}, "layers_0/out: LoRA rank=9 exceeds its 16x8 matrix; at most 8"),
         ({"layers_0": LoRA(2)}, "layers_0: LoRA needs a module that multiplies its input by a 'kernel'"),
         ({"norm": LoRA(2)}, "layers_0/norm: LoRA needs a module"),
+        ([LoRA(2)], "maps addresses to methods, {'attention/query': LoRA\\(\\)}; this is a list"),
+        ({}, "this is empty"),
         ({"owt": LoRA(2)}, r"'owt' names no module; near misses: out"),
         ({"layers_{0-7}/out": LoRA(2)}, "names layer 7; the model has layers 0-2"),
     ],

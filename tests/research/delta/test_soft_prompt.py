@@ -24,6 +24,7 @@ from modicum.models.kernels import Causal
 from modicum.models.positions import Learned
 from modicum.models.precision import FP64
 from modicum.research.delta import (
+    SAID,
     LoRA,
     Prefix,
     PromptEncoder,
@@ -32,6 +33,7 @@ from modicum.research.delta import (
     attach,
     folded,
     load_delta,
+    only,
     save_delta,
 )
 
@@ -302,3 +304,13 @@ def test_text_after_a_prompt(scan, x64):
             assert token == int(logits[0, len(text) - 1].argmax())
             text = [*text, token]
     assert found != [row.tolist() for row in generate(tuned.model, params, texts, max_new_tokens=5).rows()]
+
+
+def test_folding_leaves_other_entries_as_they_are(x64):
+    """What all arrays of an entry share stays one array."""
+    tuned, variables, _ = tuned_model({"": [PromptEncoder(N, width=4), SAID(5)]})
+    plain, simple = folded(tuned, variables)
+    for part in ("delta", "delta_state"):
+        other = only(variables, "said")[part]
+        jax.tree.map(np.testing.assert_array_equal, only(simple, "said")[part], other)
+    assert [entry.name for entry in plain.entries] == ["~soft_prompt", "~said"]
