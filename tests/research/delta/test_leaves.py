@@ -296,4 +296,4 @@ def test_another_tree_than_a_deltas_variables_is_no_delta():
             InputError, match=r"a delta's variables are .* as init returns them, not"
         ) as error:
             use()
-        assert "\n" not in str(said.value)
+        assert "\n" not in str(error.value)
