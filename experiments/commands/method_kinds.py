@@ -36,6 +36,10 @@ class TuningMethod:
         """What is tuned of `params`, with the classifier's head where there is one; None: everything."""
         raise NotImplementedError
 
+    def best_from(self, steps: int) -> int:
+        """The first of so many steps whose state may be the one that is stored."""
+        return 0
+
     @property
     def wrap(self) -> Wrap | None:
         """What it adds to the optimizer."""
@@ -117,6 +121,10 @@ class Budgeted(SiteOrLeaf):
         super().check(steps)
         self.wrap(_no_optimizer(), steps)
 
+    def best_from(self, steps: int) -> int:
+        """The first step in which no more ranks are left than the budget has."""
+        return steps - self._final(steps) + 1
+
     @property
     def wrap(self) -> Wrap:
         """The optimizer after whose updates the budget is kept."""
@@ -130,9 +138,12 @@ class Budgeted(SiteOrLeaf):
             target=self.target,
             steps=steps,
             warmup=round(self.initial * steps),
-            final=max(1, round(self.settled * steps)),
+            final=self._final(steps),
             every=self.every,
         )
+
+    def _final(self, steps: int) -> int:
+        return max(1, round(self.settled * steps))
 
 
 class Folded(SiteOrLeaf):

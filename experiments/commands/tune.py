@@ -233,6 +233,7 @@ class Tune:
             speaker.kept,
             self.method.wrap,
             self.method.settle,
+            self.method.best_from(self.training.steps),
         )
 
     def _question(

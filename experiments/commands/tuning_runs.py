@@ -162,7 +162,7 @@ class TuningRuns:
         return self.tasks[seed]
 
     def advance(self, config: TrainingConfig, stop: int, alone: bool) -> Score:
-        """Train a run up to `stop`; returns the score of its best evaluation so far."""
+        """Train a run up to `stop`; returns the score of its best evaluation so far, of those that count."""
         run = self.open(config)
         try:
             evaluations = self._recorded(run, stop) or self._train(run, config, stop).evaluations
@@ -171,7 +171,8 @@ class TuningRuns:
                 raise
             logger.warning("%s: %s", run.folder, failure)  # the other learning rates may do
             return LOST
-        return max(score_of(each, config) for each in evaluations)
+        settled = [each for each in evaluations if each["step"] >= self.task(config.seed).best_from]
+        return max(score_of(each, config) for each in settled or evaluations)
 
     def finish(self, config: TrainingConfig) -> None:
         """Store what a run trained, unless that was done before."""

@@ -28,7 +28,8 @@ class Job:
     part of the batch of a step, as numpy arrays `[B, ...]`. `axes` names the axes of the trained tree;
     `evaluate(trainable, frozen)` returns means by name, of what the jitted `sums_of` gives for a batch.
     Losses weigh by `unit`s, whose rate is reported; `flops_per_unit` is for MFU. `wrap(optimizer, steps)` is
-    the optimizer with what a method adds to it (AdaLoRA's budget, LoRA+).
+    the optimizer with what a method adds to it (AdaLoRA's budget, LoRA+). Evaluations before step `best_from`
+    are of what is not settled yet: none of them is kept as the best, nor ends the run.
     """
 
     loss: Loss
@@ -42,3 +43,4 @@ class Job:
     unit: str = "tokens"
     flops_per_unit: float | None = None
     wrap: Wrap | None = None
+    best_from: int = 0

@@ -85,7 +85,7 @@ def train(
         # Where an earlier attempt stopped
         checkpoints = stack.enter_context(_checkpoints(config, run)) if run else None
         state, evaluations = _start(program, checkpoints)
-        first, stopped = int(state.step) + 1, _impatience(evaluations, config)
+        first, stopped = int(state.step) + 1, _impatience(evaluations, config, job)
 
         # Who watches
         log = stack.enter_context(run.metrics(first - 1)) if run else MetricsLog(None)
@@ -106,9 +106,10 @@ def train(
                 recorder.evaluated(step, means)
                 evaluations.append({"step": step, **means})
             if step < config.steps:
-                stopped = signal or (_impatience(evaluations, config) if due.evaluate else None)
+                stopped = signal or (_impatience(evaluations, config, job) if due.evaluate else None)
             if checkpoints and (due.save or stopped):
-                _save(checkpoints, step, state, evaluations, due.evaluate, config)
+                counts = due.evaluate and step >= job.best_from
+                _save(checkpoints, step, state, evaluations, counts, config)
                 recorder.skip()
             if stopped:
                 break
@@ -168,14 +169,15 @@ def _save(
     step: int,
     state: TrainState,
     evaluations: list[Evaluation],
-    evaluated: bool,
+    counts: bool,
     config: TrainingConfig,
 ) -> None:
-    metrics = {config.best_name: evaluations[-1][config.best_name]} if evaluated else None
+    metrics = {config.best_name: evaluations[-1][config.best_name]} if counts else None
     checkpoints.save(step, state, metadata={"evaluations": evaluations}, metrics=metrics)
 
 
-def _impatience(evaluations: list[Evaluation], config: TrainingConfig) -> str | None:
-    if not out_of_patience(evaluations, config):
+def _impatience(evaluations: list[Evaluation], config: TrainingConfig, job: Job) -> str | None:
+    counted = [means for means in evaluations if means["step"] >= job.best_from]
+    if not out_of_patience(counted, config):
         return None
     return f"no better {config.best_name} for {config.patience} evaluations"

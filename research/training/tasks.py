@@ -85,6 +85,7 @@ def tuning_job(
     evaluation: Rows | None = None,
     sums_of: SumsOf | None = None,
     wrap: Wrap | None = None,
+    best_from: int = 0,
 ) -> Job:
     """Tune a model from the parameters `params`, by a delta or, where `tuned` is None, wholly.
 
@@ -106,6 +107,7 @@ def tuning_job(
         sums_of=sums_of,
         unit=unit,
         wrap=wrap,
+        best_from=best_from,
     )
     if tuned is None:
         return job

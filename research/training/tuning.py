@@ -63,7 +63,8 @@ class TuningTask:
 
     `rows` has `train`, `dev` and perhaps `test`; `notes` are JSON that is stored with what was trained, the
     `labels` of a classifier among them; `tokenizer` is stored with a whole model. `wrap` is what a method
-    adds to the optimizer; `settle(tuned, variables)` makes of a trained delta what is measured and stored.
+    adds to the optimizer; `settle(tuned, variables)` makes of a trained delta what is measured and stored,
+    which is of step `best_from` or later.
     """
 
     model: Transformer
@@ -75,6 +76,7 @@ class TuningTask:
     tokenizer: Tokenizer | Path | None = None
     wrap: Wrap | None = None
     settle: Settle | None = None
+    best_from: int = 0
 
     def tuned(self) -> Tuned | None:
         """The model with its deltas; None where all parameters are tuned."""
@@ -102,6 +104,7 @@ class TuningTask:
             evaluation=self.rows["dev"],
             sums_of=sums_of,
             wrap=self.wrap,
+            best_from=self.best_from,
         )
 
 

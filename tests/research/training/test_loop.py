@@ -168,6 +168,13 @@ def test_the_largest_is_best_where_the_metric_says_so(run_in, tiny):
     assert int(train(job, config, run).best.step) == 4
 
 
+def test_what_is_not_settled_is_not_the_best(run_in, tiny):
+    config = replace(CONFIG, steps=10, evaluate_every=2, keep=1, patience=1)
+    job = replace(tiny.job_of(evaluate=scripted([1.0, 2.0, 9.0, 3.0, 4.0])), best_from=5)
+    outcome = train(job, config, run_in(config=config))
+    assert int(outcome.best.step) == 8 and int(outcome.state.step) == 10
+
+
 def test_patience_stops_and_stays_stopped(run_in, tiny):
     config = replace(CONFIG, steps=20, evaluate_every=2, patience=2)
     run = run_in(config=config)
