@@ -7,7 +7,6 @@ row's label is that of its last text.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,9 @@ import numpy as np
 
 from ... import InputError
 from ...models.pretrained import load_tokenizer
+from ...models.pretrained.files import read_json
 from ...models.pretrained.minilm import minilm_folder
+from ...research.data.sources import load_source
 from .training import Measurements, Report, check, measure_steps
 from .tuning_job import TuningJob, TuningMethod
 
@@ -38,7 +39,9 @@ def tuning_job(
     """
     check(batch=batch, length=length, rank=rank)
     folder = minilm_folder() if checkpoint is None else checkpoint
-    sizes = json.loads((folder / "config.json").read_text())
+    sizes = read_json(folder / "config.json")
+    if sizes.get("model_type") != "bert":
+        raise InputError(f"{folder} holds model_type={sizes.get('model_type')!r}; 'bert' is what is measured")
     if length > sizes["max_position_embeddings"]:
         raise InputError(f"length={length} exceeds the model's {sizes['max_position_embeddings']} positions")
     tokens, labels = full_rows(data, folder, BATCHES * batch, length)
@@ -77,12 +80,11 @@ def full_rows(data: Path, folder: Path, rows: int, length: int) -> tuple[np.ndar
 
 
 def _examples(data: Path) -> Iterator[tuple[str, int]]:
-    with data.open() as lines:
-        for number, line in enumerate(lines, start=1):
-            row = json.loads(line)
-            if row.get("label") not in (0, 1) or not isinstance(row.get("text"), str):
-                raise InputError(f"{data}, line {number}: needs a `text` and a `label` of 0 or 1")
-            yield row["text"], row["label"]
+    source = load_source(data, label_column="label")
+    for number, (text, label) in enumerate(zip(source.texts(), source.labels()), start=1):
+        if label not in (0, 1):
+            raise InputError(f"{data}: row {number} has label {label!r}; 0 and 1 are valid")
+        yield text, label
 
 
 def measure_tuning(

@@ -9,7 +9,7 @@ import pytest
 
 from modicum import InputError
 from modicum.experiments.bench.training import Measurements, Memory
-from modicum.experiments.bench.tuning import full_rows, greatest_gap, measure_tuning
+from modicum.experiments.bench.tuning import _examples, full_rows, greatest_gap, measure_tuning, tuning_job
 from modicum.experiments.bench.tuning_job import TuningJob
 from modicum.experiments.bench.tuning_report import losses_table, memory_table
 from modicum.experiments.commands.bench import TuneBench
@@ -138,6 +138,21 @@ def test_rows_are_whole_texts_and_full(tmp_path):
 def test_what_cannot_be_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         TuningJob("", "", **{**SIZES, **change})
+
+
+def test_data_and_checkpoints_that_do_not_fit(tmp_path):
+    data, folder = tmp_path / "data.jsonl", tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    sizes = {"method": "lora", "batch": 1, "length": 8, "rank": 1, "checkpoint": folder}
+    with pytest.raises(InputError, match=r"holds model_type='gpt2'"), tuning_job(data, **sizes):
+        pass
+    data.write_text("{broken")
+    with pytest.raises(InputError, match=r"data.jsonl: line 1 is not JSON"):
+        list(_examples(data))
+    data.write_text('{"text": "fine", "label": 2}')
+    with pytest.raises(InputError, match=r"row 1 has label 2; 0 and 1 are valid"):
+        list(_examples(data))
 
 
 def test_without_peft_one_line_says_what_to_install(monkeypatch, tmp_path):
