@@ -109,9 +109,7 @@ class Tuned:
         Raises `InputError` if a delta's module or array is not there.
         """
         _require_bare(params)
-        drawing = [type(entry.method).__name__ for entry in self.entries if entry.method.random]
-        if train and rng is None and drawing:
-            raise InputError(f"{drawing[0]} draws at random: apply(..., train=True) needs rng=")
+        self.require_key(rng, train)
         params = self._with_leaves(variables, params, rng if train else None)
         kwargs = {**kwargs, "rng": rng, "train": train}
         expected = {place: entry for place, entry in self._places(variables) if entry.name in self._sites}
@@ -124,6 +122,12 @@ class Tuned:
         # With a filled cache a model need not call what made the keys and values that the cache holds.
         cached = getattr(kwargs.get("cache"), "entries", None)
         return apply_sites(self.model, params, self._sites, () if cached else expected, args, kwargs)
+
+    def require_key(self, rng: jax.Array | None, train: bool) -> None:
+        """Raise `InputError` where a method is to draw at random and has no key."""
+        drawing = [type(entry.method).__name__ for entry in self.entries if entry.method.random]
+        if train and rng is None and drawing:
+            raise InputError(f"{drawing[0]} draws at random: apply(..., train=True) needs rng=")
 
     def bind(self, variables: Mapping[str, Any]) -> BoundModel:
         """The tuned Linen model as a plain one, for code that takes a model and its parameters.

@@ -134,6 +134,8 @@ def _by_address(
             entries.setdefault(address, by_name[name])
             part = Part(own["a"], own["b"], float(weight), method.scale)
             groups.setdefault(address, {}).setdefault(path, []).append(part)
+    if not groups:
+        raise InputError("combine got no LoRA: all entries of its deltas are switched off")
     return entries, groups
 
 

@@ -70,6 +70,8 @@ class LoRA(SiteMethod):
         require_dropout("LoRA", self.dropout)
         if self.initialisation not in (known := DRAWN + FROM_KERNEL):
             raise InputError(f"LoRA initialisation={self.initialisation!r} is not one of {', '.join(known)}")
+        if self.initialisation == "pissa" and self.alpha <= 0:
+            raise InputError(f"LoRA alpha={self.alpha} must be above 0 for initialisation='pissa'")
 
     @property
     def random(self) -> bool:

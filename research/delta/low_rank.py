@@ -14,7 +14,9 @@ from .methods import Site
 
 
 def require_rank(method: str, rank: int) -> None:
-    """Raise `InputError` for a rank below 1."""
+    """Raise `InputError` for a rank that is no integer, or below 1."""
+    if not isinstance(rank, int):
+        raise InputError(f"{method} rank={rank!r} is a {type(rank).__name__}; it must be an integer")
     if rank < 1:
         raise InputError(f"{method} rank={rank} must be at least 1")
 

@@ -72,8 +72,11 @@ def apply_tasks(
     """
     if inputs.get("cache") is not None:
         raise InputError("apply_tasks takes no cache: the rows of one cannot be told apart")
-    rows, count = tokens.shape[0], jax.tree.leaves(stacked)[0].shape[0]
+    if not (arrays := jax.tree.leaves(stacked)):
+        raise InputError("apply_tasks: the tasks have no variables, all their entries are switched off")
+    rows, count = tokens.shape[0], arrays[0].shape[0]
     task = _checked(task, rows, count, tuned)
+    tuned.require_key(rng, train)
     passed = {name: inputs.pop(name) for name in whole if name in inputs}
     leaves, structure = jax.tree.flatten((tokens, inputs))
     by_row = {i: leaf for i, leaf in enumerate(leaves) if np.ndim(leaf) and np.shape(leaf)[0] == rows}
@@ -82,7 +85,7 @@ def apply_tasks(
     def one(index: jax.Array, row: Mapping[int, Any], key: jax.Array | None) -> Any:
         filled = [row[i][None] if i in row else leaf for i, leaf in enumerate(leaves)]
         own_tokens, own_inputs = jax.tree.unflatten(structure, filled)
-        sites, variables, own_params = _of_task(tuned, stacked, index, count, params)
+        sites, variables, own_params = _of_task(tuned, stacked, index, count, params, key if train else None)
         outputs = sites.apply(variables, own_params, own_tokens, rng=key, train=train, **own_inputs, **passed)
         return jax.tree.map(lambda leaf: leaf[0], outputs)
 
@@ -90,7 +93,12 @@ def apply_tasks(
 
 
 def _of_task(
-    tuned: Tuned, stacked: Variables, index: jax.Array, count: int, params: Mapping[str, Any]
+    tuned: Tuned,
+    stacked: Variables,
+    index: jax.Array,
+    count: int,
+    params: Mapping[str, Any],
+    rng: jax.Array | None,
 ) -> tuple[Tuned, dict[str, Tree], Mapping[str, Any]]:
     """One task's site methods with their variables, and parameters changed by its leaf methods.
 
@@ -101,7 +109,7 @@ def _of_task(
     by_place, leaves = variables_by_place(own), params
     for (path, entry), hit in tuned.hits(own, params).items():
         if isinstance(entry.method, LeafMethod):
-            changed = apply_leaf(entry.method, by_place[path, entry.name], leaves, path, hit)
+            changed = apply_leaf(entry.method, by_place[path, entry.name], leaves, path, hit, rng)
             chosen = jnp.where(plain, node_at(params, path), node_at(changed, path))
             leaves = with_node(leaves, path, chosen)
     neutral = {e.name: e.method.neutral for e in tuned.entries if isinstance(e.method, SiteMethod)}

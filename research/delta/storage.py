@@ -36,9 +36,22 @@ DTYPES = {
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "U64": "uint64",
+    "I64": "int64",
     "U32": "uint32",
     "I32": "int32",
+    "U16": "uint16",
+    "I16": "int16",
+    "U8": "uint8",
+    "I8": "int8",
+    "BOOL": "bool",
 }
+# What `delta.json` has, and what its entries and its `tensors` have.
+HEADER = frozenset({"backbone", "entries", "exclude", "tensors"})
+ENTRY = frozenset({"name", "address", "method", "fields"})
+TENSORS = frozenset({"file", "sha256", "bytes"})
 
 
 def save_delta(
@@ -74,7 +87,12 @@ def save_delta(
         "tensors": {"file": name, "sha256": digest, "bytes": len(data), "same": same},
         "notes": dict(notes or {}),
     }
-    text = json.dumps(header, indent=2, sort_keys=True) + "\n"
+    try:
+        text = json.dumps(header, indent=2, sort_keys=True) + "\n"
+    except TypeError as error:
+        raise InputError(
+            f"{folder}: a method's fields and notes= are stored as JSON, numbers and text of Python ({error})"
+        ) from None
     write_whole(folder / name, data)
     write_whole(folder / "delta.json", text.encode())
     for stale in set(folder.glob("delta-*.safetensors")) - {folder / name}:
@@ -121,10 +139,15 @@ def read_header(folder: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: version {header.get('version')} is not {VERSION}, the one this release reads"
         )
-    missing = {"backbone", "entries", "exclude", "tensors"} - set(header)
-    if missing:
-        raise InputError(f"{path}: no {min(missing)!r} in it; the file is damaged")
+    _require_keys(path, header, HEADER)
+    for part, keys in ((header["tensors"], TENSORS), *((entry, ENTRY) for entry in header["entries"])):
+        _require_keys(path, part, keys)
     return header
+
+
+def _require_keys(path: Path, found: Any, keys: frozenset[str]) -> None:
+    if missing := keys - set(found):
+        raise InputError(f"{path}: no {min(missing)!r} in it; the file is damaged")
 
 
 def backbone_hash(tuned: Tuned, variables: Mapping[str, Any], params: Mapping[str, Any]) -> str:

@@ -160,6 +160,17 @@ def test_an_unknown_initialisation_is_an_error():
         LoRA(initialisation="orthogonal")
 
 
+@pytest.mark.parametrize("alpha", [0.0, -4.0])
+def test_pissa_needs_a_scale_that_has_a_root(alpha):
+    with pytest.raises(InputError, match=f"alpha={alpha} must be above 0 for initialisation='pissa'"):
+        LoRA(initialisation="pissa", alpha=alpha)
+
+
+def test_a_rank_is_an_integer():
+    with pytest.raises(InputError, match=r"LoRA rank=2.5 is a float; it must be an integer"):
+        LoRA(rank=2.5)
+
+
 def flat(tree):
     """Leaves by `/` path."""
     return {

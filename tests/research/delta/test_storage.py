@@ -64,7 +64,7 @@ def test_round_trip_is_bit_exact_and_scores_the_same(made, tmp_path):
     assert read_header(tmp_path / "task")["notes"] == {"accuracy": 0.9}
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8])
 def test_round_trip_of_short_floats(made, tmp_path, dtype):
     model, params, tuned, variables = made
     delta = jax.tree.map(lambda leaf: leaf.astype(dtype), variables["delta"])
@@ -152,6 +152,11 @@ def test_damage_is_one_line(made, tmp_path):
     assert "unknown delta method 'laura'; known: lora" in message()
     (tmp_path / "delta.json").write_text(text.replace('"rank": 2', '"ranks": 2'))
     assert "does not take its stored fields" in message()
+    for part, key in (("tensors", "bytes"), ("entries", "method"), ("entries", "fields")):
+        header = json.loads(text)
+        del (header[part][0] if part == "entries" else header[part])[key]
+        (tmp_path / "delta.json").write_text(json.dumps(header))
+        assert f"no {key!r} in it" in message()
     (tmp_path / "delta.json").write_text(text)
     load_delta(tmp_path, model, params)
 
@@ -209,6 +214,14 @@ def test_a_hash_may_be_given_instead_of_the_weights(made, tmp_path):
         load_delta(tmp_path, model, params)
     with pytest.raises(InputError, match="needs the backbone"):
         save_delta(tmp_path, tuned, variables)
+
+
+def test_notes_that_are_no_json_are_refused_and_the_delta_before_stays(made, tmp_path):
+    model, params, tuned, variables = made
+    save_delta(tmp_path, tuned, variables, params)
+    with pytest.raises(InputError, match=r"stored as JSON, numbers and text of Python .*float32"):
+        save_delta(tmp_path, tuned, variables, params, notes={"accuracy": np.float32(0.5)})
+    assert_equal_trees(load_delta(tmp_path, model, params)[1], variables)
 
 
 def test_delta_imports_with_few_libraries():

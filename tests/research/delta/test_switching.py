@@ -17,6 +17,7 @@ from modicum.research.delta import (
     Adapter,
     BitFit,
     Compacter,
+    DiffPruning,
     DoRA,
     Full,
     LayerNormTuning,
@@ -280,3 +281,25 @@ def test_tasks_of_unlike_shapes_do_not_stack(case):
         stack_tasks([first, single])
     with pytest.raises(InputError, match="no task"):
         stack_tasks([])
+
+
+def test_tasks_without_variables_are_an_error(case, tokens):
+    _, params, tuned, (variables, *_) = case
+    nothing = without(variables, entry_names(variables))
+    with pytest.raises(InputError, match="the tasks have no variables"):
+        apply_tasks(tuned, stack_tasks([nothing]), [0] * 6, params, tokens)
+
+
+def test_gates_are_drawn_for_each_row_where_it_trains():
+    params = {"kernel": jnp.ones((4, 3))}
+    tuned = attach_leaves(lambda params, x: x @ params["kernel"], {"": DiffPruning(start=0.0)})
+    start = tuned.init(jax.random.key(0), params)
+    moved = jax.tree.map(lambda leaf: leaf + 0.5, start["delta"])
+    stacked, rows = stack_tasks([{**start, "delta": moved}]), jnp.ones((3, 4))
+    drawn = apply_tasks(tuned, stacked, [0, 0, -1], params, rows, rng=jax.random.key(1), train=True)
+    plain = apply_tasks(tuned, stacked, [0, 0, -1], params, rows)
+    assert jnp.abs(drawn[0] - drawn[1]).max() > 1e-3 and jnp.abs(drawn[0] - plain[0]).max() > 1e-3
+    np.testing.assert_array_equal(plain[0], plain[1])
+    np.testing.assert_array_equal(drawn[2], rows[2] @ params["kernel"])
+    with pytest.raises(InputError, match=r"DiffPruning draws at random: .* needs rng="):
+        apply_tasks(tuned, stacked, [0, 0, 0], params, rows, train=True)
