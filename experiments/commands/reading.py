@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from ... import InputError
@@ -41,7 +41,12 @@ class Reading:
     @classmethod
     def of(cls, notes: Mapping[str, Any], **changes: str) -> Reading:
         """What `notes` say, with those of `changes` that are not empty."""
-        return cls(**{**notes.get("reading", {}), **{name: text for name, text in changes.items() if text}})
+        stored = notes.get("reading", {})
+        if strange := sorted(set(stored) - {each.name for each in fields(cls)}):
+            raise InputError(
+                f"the notes of what was tuned have reading={strange[0]!r}, which nobody here knows"
+            )
+        return cls(**{**stored, **{name: text for name, text in changes.items() if text}})
 
     @property
     def kind(self) -> Kind:

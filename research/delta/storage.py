@@ -49,9 +49,9 @@ DTYPES = {
     "BOOL": "bool",
 }
 # What `delta.json` has, and what its entries and its `tensors` have.
-HEADER = frozenset({"backbone", "entries", "exclude", "tensors"})
-ENTRY = frozenset({"name", "address", "method", "fields"})
-TENSORS = frozenset({"file", "sha256", "bytes"})
+HEADER = {"backbone": str, "entries": list, "exclude": list, "notes": dict, "tensors": dict}
+ENTRY = {"name": str, "address": str, "method": str, "fields": dict}
+TENSORS = {"file": str, "sha256": str, "bytes": int, "same": dict}
 
 
 def save_delta(
@@ -139,15 +139,23 @@ def read_header(folder: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: version {header.get('version')} is not {VERSION}, the one this release reads"
         )
-    _require_keys(path, header, HEADER)
-    for part, keys in ((header["tensors"], TENSORS), *((entry, ENTRY) for entry in header["entries"])):
-        _require_keys(path, part, keys)
+    _require_keys(path, {"notes": {}, **header}, HEADER)
+    _require_keys(path, {"same": {}, **header["tensors"]}, TENSORS)
+    for entry in header["entries"]:
+        _require_keys(path, entry, ENTRY)
+    for address in header["exclude"]:
+        _require_keys(path, {"exclude": address}, {"exclude": str})
     return header
 
 
-def _require_keys(path: Path, found: Any, keys: frozenset[str]) -> None:
-    if missing := keys - set(found):
-        raise InputError(f"{path}: no {min(missing)!r} in it; the file is damaged")
+def _require_keys(path: Path, found: Any, kinds: Mapping[str, type]) -> None:
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: {found!r} stands where an object should; the file is damaged")
+    for name, kind in kinds.items():
+        if name not in found:
+            raise InputError(f"{path}: no {name!r} in it; the file is damaged")
+        if not isinstance(found[name], kind):
+            raise InputError(f"{path}: {name}={found[name]!r} is no {kind.__name__}; the file is damaged")
 
 
 def backbone_hash(tuned: Tuned, variables: Mapping[str, Any], params: Mapping[str, Any]) -> str:

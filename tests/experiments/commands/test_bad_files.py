@@ -6,6 +6,9 @@ import shutil
 
 import pytest
 
+from modicum import InputError
+from modicum.experiments.commands.reading import Reading
+
 
 def truncate(path, part=0.5):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
@@ -170,6 +173,11 @@ def test_a_run_that_has_no_delta_yet(evaluate, trained, tmp_path):
 def test_a_configuration_that_is_no_text(evaluate, tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
     assert evaluate(tmp_path, tmp_path).startswith(f"{tmp_path} holds no ")
+
+
+def test_notes_of_another_version():
+    with pytest.raises(InputError, match="reading='second_column', which nobody here knows"):
+        Reading.of({"reading": {"text_column": "text", "second_column": "b"}})
 
 
 def test_a_delta_of_another_backbone(evaluate, modicum, data, tuned, other, tmp_path, train_options):

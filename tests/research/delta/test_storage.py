@@ -157,6 +157,14 @@ def test_damage_is_one_line(made, tmp_path):
         del (header[part][0] if part == "entries" else header[part])[key]
         (tmp_path / "delta.json").write_text(json.dumps(header))
         assert f"no {key!r} in it" in message()
+    for change, words in {
+        '{"entries": 3}': "entries=3 is no list",
+        '{"entries": [3]}': "3 stands where an object should",
+        '{"notes": 3}': "notes=3 is no dict",
+        '{"exclude": [3]}': "exclude=3 is no str",
+    }.items():
+        (tmp_path / "delta.json").write_text(json.dumps(json.loads(text) | json.loads(change)))
+        assert words in message()
     (tmp_path / "delta.json").write_text(text)
     load_delta(tmp_path, model, params)
 
