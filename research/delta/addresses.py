@@ -60,6 +60,8 @@ class Address:
     text: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise InputError(f"delta address {self.text!r} is no text; write 'attention/query' for example")
         if not self.text.startswith("re:") and (self.text.startswith("/") or self.text.endswith("/")):
             raise InputError(
                 f"delta address {self.text!r} begins or ends with '/'; write {self.text.strip('/')!r}"

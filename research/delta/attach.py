@@ -315,7 +315,7 @@ def _entries(spec: Spec | Method) -> tuple[Entry, ...]:
     counts: Counter[str] = Counter()
     entries = []
     for text, methods in spec.items():
-        for method in [methods] if isinstance(methods, Method) else methods:
+        for method in methods if isinstance(methods, list | tuple) else [methods]:
             if not isinstance(method, Method):
                 raise InputError(f"delta at {text!r}: {method!r} is no delta method such as LoRA(rank=8)")
             number = counts[method.name]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -45,8 +44,8 @@ class LoRA(SiteMethod):
       `y + s ((dropout(x) A) B - (x A_start) B_start)`.
 
     Every one of them starts the model exactly where it was. Works at Dense and DenseGeneral (axes flattened)
-    and at `nn.Embed`, where A `[V, rank]` is zero, B from N(0, 1) and nothing is dropped, as in PEFT. A table
-    that also makes the logits (`attend`) is adapted where it embeds alone, while merging changes both.
+    and at Flax's `Embed`, where A `[V, rank]` is zero, B from N(0, 1) and nothing is dropped, as in PEFT. A
+    table that also makes the logits (`attend`) is adapted where it embeds alone; merging changes both.
     Default positions: attention's query and value, as in the paper. Computed in the site's own dtype.
     """
 
@@ -175,4 +174,5 @@ class LoRA(SiteMethod):
 
 
 def _is_table(site: Site) -> bool:
-    return isinstance(site.module, nn.Embed)
+    """Whether the site looks rows up, as Linen's `nn.Embed` and NNX's do."""
+    return "embedding" in site.params and hasattr(site.module, "num_embeddings")

@@ -469,3 +469,17 @@ def test_our_prefix_says_that_it_acts_at_our_attention(unrolled):
     tuned, params = attach_nnx(unrolled, {"attention": Prefix(3)})
     with pytest.raises(InputError, match="Prefix acts at 'attend', and no module that this model called has"):
         tuned.init(jax.random.key(1), params, X)
+
+
+def test_lora_at_an_embedding():
+    """As at Linen's: rows of A are looked up."""
+    module = nnx.Sequential(nnx.Embed(7, 6, rngs=nnx.Rngs(0)))
+    tokens = jnp.array([[3, 4, 5], [6, 0, 1]])
+    tuned, params = attach_nnx(module, {"layers/0": LoRA(2, alpha=3.0)})
+    variables = tuned.init(jax.random.key(1), params, tokens)
+    np.testing.assert_array_equal(tuned.apply(variables, params, tokens), module(tokens))
+    variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
+    got = tuned.apply(variables, params, tokens)
+    merged = tuned.model.module(tuned.merge(params, variables))(tokens)
+    assert jnp.abs(got - module(tokens)).max() > 0.01
+    np.testing.assert_allclose(got, merged, rtol=1e-5, atol=1e-6)
