@@ -123,7 +123,7 @@ def encode_completions(
         pairs = [(_last(prompt, length - len(answer), tokenizer.bos), answer) for prompt, answer in pairs]
     _check(pairs, source.name, length, together=start is None)
     prompts, completions = ([pair[side] for pair in pairs] for side in (0, 1))
-    return Completions(prompts, completions, answers, _lengths(pairs, start), start, tokenizer.pad)
+    return Completions(prompts, completions, answers, _lengths(pairs, start, length), start, tokenizer.pad)
 
 
 def same_lengths(splits: Mapping[str, Completions]) -> dict[str, Completions]:
@@ -175,9 +175,10 @@ def _last(ids: list[int], room: int, begin: int | None) -> list[int]:
     return [begin, *kept[1:]] if ids[0] == begin and begin is not None else kept
 
 
-def _lengths(pairs: Sequence[tuple[list[int], list[int]]], start: int | None) -> Lengths:
+def _lengths(pairs: Sequence[tuple[list[int], list[int]]], start: int | None, length: int | None) -> Lengths:
     def padded(size: int) -> int:
-        return -(-size // MULTIPLE) * MULTIPLE
+        whole = -(-size // MULTIPLE) * MULTIPLE
+        return whole if length is None else min(whole, length)  # the model may have no more positions
 
     answers = max(len(answer) for _, answer in pairs)
     if start is None:

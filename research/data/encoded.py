@@ -81,7 +81,8 @@ def encode_examples(
 
 def same_length(splits: Mapping[str, Examples], length: int | None = None) -> dict[str, Examples]:
     """Splits padded alike: to `length`, or to their longest example, so that one program serves them all."""
-    longest = length or max(_padded(rows.ids) for rows in splits.values())
+    most = max(rows.length for rows in splits.values())  # the model may have no more positions
+    longest = length or min(most, max(_padded(rows.ids) for rows in splits.values()))
     return {name: replace(rows, length=longest) for name, rows in splits.items()}
 
 

@@ -34,6 +34,11 @@ def spelled(ids):
     return " ".join(WORDS[int(each)] for each in ids)
 
 
+def test_rows_are_no_longer_than_they_may_be(source):
+    rows = encode_completions(source, words(), 7, target_column="answer", end=END)
+    assert rows.lengths == (7, 0) and rows[0]["tokens"].shape == (7,)
+
+
 def test_a_decoder_learns_what_comes_after_the_prompt(source):
     rows = encode_completions(source, words(["<s>"]), target_column="answer", template="{text} :", end=END)
     assert len(rows) == 2 and rows.lengths == (8, 0)

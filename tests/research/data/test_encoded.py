@@ -103,6 +103,8 @@ def test_splits_are_padded_alike(source, labels, bert):
     splits = same_length({"train": short, "dev": encode_examples(source, bert, labels, pair_column="second")})
     assert {rows.length for rows in splits.values()} == {8}
     assert {rows.length for rows in same_length({"a": short, "b": long}, 30).values()} == {30}
+    few = encode_examples(source, words(), labels, 5, end=3)
+    assert same_length({"train": few})["train"].length == 5  # of a model with five positions
 
 
 def test_templates(source, labels):
