@@ -35,8 +35,7 @@ def prefix_from_words(
     entries = {entry.name: entry.method for entry in tuned.entries if isinstance(entry.method, Prefix)}
     if not entries:
         raise InputError("prefix_from_words: no entry is a Prefix")
-    if not len(tokens):
-        raise InputError("prefix_from_words: tokens is empty; give the ids of at least one word")
+    ids = _ids(tokens, getattr(getattr(tuned.model, "config", None), "vocab", None))
     hits = tuned.hits(variables, params)
     attended: dict[int, Any] = {}
     found: dict[Place, Any] = places(variables["delta"])
@@ -47,16 +46,31 @@ def prefix_from_words(
         if method.reparameterise or method.at != "attend":
             raise InputError(f"{path}: prefix_from_words sets plain prefixes of our attention, not {method}")
         if method.length not in attended:
-            attended[method.length] = _attended(tuned, params, np.resize(np.asarray(tokens), method.length))
+            attended[method.length] = _attended(tuned, params, np.resize(ids, method.length))
         seen = node_at(attended[method.length], path)
         kept = None if seen is None else seen[NAME]
         own = found[path, entry.name]
         rows = slice(None) if hit.rows is None else np.asarray(hit.rows)
-        made = kept and {name: kept[name][rows].astype(own[name].dtype) for name in ("key", "value")}
+        # Copies: two prefixes of one layer must not share memory, an optimizer step may donate them.
+        made = kept and {
+            name: jnp.array(kept[name][rows], own[name].dtype, copy=True) for name in ("key", "value")
+        }
         if not made or jax.tree.map(jnp.shape, made) != jax.tree.map(jnp.shape, dict(own)):
             raise InputError(f"{path}: words alone make no {method.length} keys for this attention")
         found[path, entry.name] = made
     return {**variables, "delta": from_places(found)}
+
+
+def _ids(tokens: Sequence[int], vocab: int | None) -> np.ndarray:
+    """The tokens `[n]`; raises `InputError` where they are no ids of a vocabulary of this size."""
+    ids = np.asarray(tokens)
+    if not ids.size:
+        raise InputError("prefix_from_words: tokens is empty; give the ids of at least one word")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"prefix_from_words: tokens are {ids.dtype}, not integers")
+    if vocab and (wrong := [int(each) for each in ids.ravel() if not 0 <= each < vocab]):
+        raise InputError(f"prefix_from_words: tokens={wrong[0]} is not in the vocabulary of {vocab}")
+    return ids
 
 
 def _attended(tuned: Tuned, params: Mapping[str, Any], tokens: np.ndarray) -> Mapping[str, Any]:

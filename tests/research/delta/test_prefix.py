@@ -224,6 +224,14 @@ def test_words_in_a_range_of_layers(x64):
     jax.tree.map(np.testing.assert_array_equal, rows["mlp"], made["delta"]["layers"]["mlp"])
 
 
+def test_two_prefixes_from_words_share_no_memory(x64):
+    """Training may donate what it trains, and nothing twice."""
+    tuned, variables, params = tuned_model({"attention": [Prefix(2), Prefix(2)]})
+    started = prefix_from_words(tuned, variables, params, [3, 1])
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(started)]
+    assert len(set(pointers)) == len(pointers)
+
+
 def test_where_words_make_no_prefix(x64):
     tuned, variables, params = tuned_model(LoRA(2), "attention/query")
     with pytest.raises(InputError, match="no entry is a Prefix"):
@@ -231,6 +239,10 @@ def test_where_words_make_no_prefix(x64):
     tuned, variables, params = tuned_model(Prefix(N, reparameterise=4))
     with pytest.raises(InputError, match="tokens is empty"):
         prefix_from_words(tuned, variables, params, [])
+    with pytest.raises(InputError, match="tokens=-1 is not in the vocabulary of "):
+        prefix_from_words(tuned, variables, params, jnp.array([1, -1]))
+    with pytest.raises(InputError, match="tokens are <U5, not integers"):
+        prefix_from_words(tuned, variables, params, ["great"])
     with pytest.raises(InputError, match="layers_0/attention: prefix_from_words sets plain prefixes"):
         prefix_from_words(tuned, variables, params, [1])
 
