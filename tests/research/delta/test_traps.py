@@ -53,7 +53,7 @@ COVERED = {
     "a range under scan": "test_every_method::test_a_layer_range_of_a_scan_is_that_of_the_unrolled_model",
     "DenseGeneral with several axes": "test_sites::test_starts_bit_identical_and_merges_exactly",
     "MultiHeadDotProductAttention": "test_sites::test_flax_attention",
-    "masks of Flax's attention": "test_prefix::test_flax_attention",
+    "masks of Flax's attention": "test_flax_prefix::test_flax_attention",
     "state beside parameters": "test_traps::test_models_with_other_state_are_refused_by_name",
     "state beside parameters, NNX": "test_nnx::test_what_cannot_be_is_an_error",
     "dropout that repeats by layer": "test_sites::test_dropout_draws_anew_for_each_layer_and_key",
