@@ -5,7 +5,7 @@ From shapes alone; a delta is stored in float32, a model in bfloat16 unless said
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -33,28 +33,31 @@ TALK = 10_000  # times less
 
 @dataclass(frozen=True)
 class Stored:
-    """Numbers of one model and of one task's delta by each method."""
+    """Numbers of one model and of one task's delta by each method, and why others are not among them."""
 
     model: str
     backbone: int
     deltas: dict[str, int]
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 def count_stored(model: str) -> Stored:
     """Count a preset's parameters and those of each method's delta on it."""
     transformer = Transformer(replace(preset(model), scan=True, precision=Precision("bfloat16", "bfloat16")))
     params = abstract_parameters(transformer)
-    deltas = {name: delta_size(transformer, params, spec) for name, spec in METHODS.items()}
-    return Stored(model, parameter_count(params), {name: size for name, size in deltas.items() if size})
+    deltas, refused = dict[str, int](), dict[str, str]()
+    for name, spec in METHODS.items():
+        try:
+            deltas[name] = delta_size(transformer, params, spec)
+        except InputError as error:  # BitFit on a model without biases
+            refused[name] = str(error)
+    return Stored(model, parameter_count(params), deltas, refused)
 
 
 def delta_size(model: Transformer, params: Any, spec: Spec) -> int:
-    """Trained numbers of a delta; 0 where the model has nothing that the method acts on."""
+    """Trained numbers of a delta; raises `InputError` where the model has nothing that the method acts on."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    try:
-        made = jax.eval_shape(attach(model, spec).init, jax.random.key(0), params, tokens)
-    except InputError:
-        return 0
+    made = jax.eval_shape(attach(model, spec).init, jax.random.key(0), params, tokens)
     return parameter_count(made["delta"])
 
 
@@ -89,6 +92,7 @@ def storage_text(stored: Stored, tasks: int) -> str:
     """The tables for both precisions of a delta, and what the talk's factor needs, as Markdown."""
     text = f"{stored.model}: {stored.backbone:,} parameters; trained numbers a task: "
     text += "; ".join(f"{name} {count:,}" for name, count in stored.deltas.items()) + ".\n"
+    text += "".join(f"Left out: {name} ({why}).\n" for name, why in stored.refused.items())
     for delta in SIZES:
         table = storage_table(stored, tasks, delta=delta)
         text += f"\n{table.caption}:\n\n{table.markdown()}"

@@ -55,14 +55,13 @@ TASKS: Mapping[str, Task] = {
 
 @dataclass(frozen=True)
 class TaskRows:
-    """A task's encoded splits. Rows longer than the task's length are cut: `cut` is how many of train."""
+    """A task's encoded splits; rows longer than the task's length are cut."""
 
     task: Task
     train: Part
     dev: Part
     test: Part
     labels: tuple[Any, ...]
-    cut: int
     fingerprint: str
 
     def few(self, count: int, seed: int) -> Part:
@@ -104,9 +103,8 @@ def load_task(folder: Path, task: Task, tokenizer: Tokenizer, *, dev_rows: int, 
         count = min(dev_rows or len(whole) // 10, len(whole) // 4)
         train, dev = Part(whole, numbers[count:]), Part(whole, numbers[:count])
     test = Part(rows["test"], _spread(len(rows["test"]), test_rows))
-    cut = sum(len(ids) == task.length for ids in whole.ids)
     digest = "-".join(source.fingerprint for source in sources.values())
-    return TaskRows(task, train, dev, test, labels.names, cut, digest)
+    return TaskRows(task, train, dev, test, labels.names, digest)
 
 
 def measured(task: Task, scores: Scores, rows: Part) -> dict[str, float]:

@@ -185,9 +185,9 @@ def test_missing_data_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("lora", "words"),
     [
-        ([0.89, 0.90], ["≈ full tuning holds here: LoRA (0.50%) is -0.5", "LoRA is within the spread"]),
+        ([0.89, 0.90], ["≈ full tuning holds here: LoRA (0.50%;", "is -0.5 points", "within the spread"]),
         ([0.70, 0.71], ["≈ full tuning does not hold here", "full tuning > LoRA holds"]),
-        ([0.98, 0.99], ["holds here: LoRA (0.50%) is +8.5", "full tuning > LoRA is reversed"]),
+        ([0.98, 0.99], ["holds here: LoRA (0.50%;", "is +8.5 points", "full tuning > LoRA is reversed"]),
     ],
 )
 def test_the_words_follow_the_figures(lora, words):
@@ -197,6 +197,7 @@ def test_the_words_follow_the_figures(lora, words):
                 "method": method,
                 "metric": "accuracy",
                 "test_accuracy": v,
+                "dev_accuracy": v,
                 "tuned_parameters": tuned,
                 "parameters": 1000,
             }

@@ -43,6 +43,11 @@ def test_what_is_not_finite_loses():
     assert run({"a": math.nan, "b": -3.0, "c": math.inf})[0].best == "b"
 
 
+def test_without_a_finite_score_nobody_wins():
+    with pytest.raises(InputError, match="at step 2 none of a, b is finite"):
+        run({"a": math.nan, "b": -math.inf})
+
+
 def test_one_candidate_is_trained_to_the_end():
     found, calls = run({3e-4: 0.5})
     assert found.best == 3e-4 and [stop for *_, stop in calls] == [2, 4, 8]
