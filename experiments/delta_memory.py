@@ -25,7 +25,8 @@ from ..models.presets import preset
 from ..models.transformer import Transformer
 from ..parallel.layout import Layout
 from ..parallel.mesh import MeshShape, make_mesh
-from ..research.delta import BitFit, LayerNormTuning, LoRA, Prefix, Spec, attach
+from ..parallel.rules import AxisTable
+from ..research.delta import BitFit, LayerNormTuning, LoRA, Prefix, Spec, attach, delta_axes
 from ..research.delta.summary import parameter_count
 from ..research.study.tables import Cell, Table
 from ..research.training.config import OptimizerConfig, ScheduleConfig
@@ -126,21 +127,22 @@ def _lowered(case: MemoryCase, layout: Layout) -> tuple[jax.stages.Lowered, int]
     weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
     batch = {"tokens": tokens, "targets": tokens, "weights": weights}
     forward, trainable, frozen = full_tuning(model), params, {}
+    axes: AxisTable | None = model.axes
     if case.method != "full":
         tuned = attach(model, METHODS[case.method]())
         made = jax.eval_shape(tuned.init, jax.random.key(0), params, tokens)
-        forward, trainable = delta_tuning(tuned), made["delta"]
+        forward, trainable, axes = delta_tuning(tuned), made["delta"], delta_axes(tuned, model.axes)
         frozen = {"params": params, "delta_state": made["delta_state"]}
     optimizer = make_optimizer(OptimizerConfig("adamw", 1e-3, ScheduleConfig("constant", warmup=0)), steps=1)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer), trainable)
     loss = held_in_rows(language_modelling(forward), layout)
-    shardings = layout.state(state, model.axes)
+    shardings = layout.state(state, axes)
     step = jax.jit(
         make_train_step(loss, optimizer), donate_argnums=0, out_shardings=(shardings, layout.replicated())
     )
     given = (
         _placed(state, shardings),
-        _placed(frozen, layout.parameters(frozen, model.axes)),
+        _placed(frozen, layout.parameters(frozen, axes)),
         _placed(batch, layout.batch(batch)),
     )
     return step.lower(*given), parameter_count(trainable)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
+from .added_product import AddedProduct
 from .low_rank import (
     dropout_seed,
     dropped,
@@ -20,11 +21,11 @@ from .low_rank import (
     through,
 )
 from .matrices import matrix_of
-from .methods import Axes, Site, SiteMethod, Variables, first_input
+from .methods import Axes, Site, Variables, first_input
 
 
 @dataclass(frozen=True)
-class AdaLoRA(SiteMethod):
+class AdaLoRA(AddedProduct):
     """`y + s (dropout(x) A diag(e)) B`, a singular value decomposition in the making; `s = alpha / rank`.
 
     A `[in, rank]` and B `[rank, out]` are drawn from N(0, 0.02²), e `[rank]` is zero, so the model starts
@@ -51,11 +52,6 @@ class AdaLoRA(SiteMethod):
         require_dropout("AdaLoRA", self.dropout)
         if self.orthogonality < 0:
             raise InputError(f"AdaLoRA orthogonality={self.orthogonality} must be at least 0")
-
-    @property
-    def random(self) -> bool:
-        """Dropout draws."""
-        return self.dropout > 0
 
     @property
     def scale(self) -> float:
@@ -86,14 +82,6 @@ class AdaLoRA(SiteMethod):
         added = through(x, variables["a"] * variables["e"], variables["b"], self.scale)
         return y + added.reshape(y.shape)
 
-    def merge(self, variables: Variables, params: Variables, path: str) -> Variables:
-        """The kernel plus the scaled product, summed in single precision or better."""
-        return self._shifted(variables, params, 1.0)
-
-    def unmerge(self, variables: Variables, params: Variables, path: str) -> Variables:
-        """The kernel less the scaled product."""
-        return self._shifted(variables, params, -1.0)
-
     def scaled(self, variables: Variables, factor: Any) -> Variables:
         """The singular values times the factor."""
         return {**variables, "e": variables["e"] * factor}
@@ -107,10 +95,6 @@ class AdaLoRA(SiteMethod):
     def change(self, variables: Variables) -> jax.Array:
         """What is added to the kernel, `[..., in, out]`."""
         return product(variables["a"] * variables["e"][..., None, :], variables["b"]) * self.scale
-
-    def _shifted(self, variables: Variables, params: Variables, sign: float) -> Variables:
-        kernel, change = params["kernel"], self.change(variables)
-        return {**params, "kernel": (kernel + sign * change.reshape(kernel.shape)).astype(kernel.dtype)}
 
 
 def _distance(gram: jax.Array) -> jax.Array:

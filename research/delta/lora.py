@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
+from .added_product import AddedProduct
 from .low_rank import (
     dropout_seed,
     dropped,
@@ -23,14 +24,14 @@ from .low_rank import (
     wide,
 )
 from .matrices import matrix_of
-from .methods import Axes, Site, SiteMethod, Variables, first_input
+from .methods import Axes, Site, Variables, first_input
 
 DRAWN = ("uniform", "gaussian")
 FROM_KERNEL = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
-class LoRA(SiteMethod):
+class LoRA(AddedProduct):
     """`y + s (dropout(x) A) B` where a kernel is, A `[in, rank]`, B `[rank, out]`, `s = alpha / rank`.
 
     `rank_stabilised`: `s = alpha / sqrt(rank)` (Kalajdzievski, 2023, arXiv 2312.03732). `initialisation`:
@@ -71,11 +72,6 @@ class LoRA(SiteMethod):
             raise InputError(f"LoRA initialisation={self.initialisation!r} is not one of {', '.join(known)}")
         if self.initialisation == "pissa" and self.alpha <= 0:
             raise InputError(f"LoRA alpha={self.alpha} must be above 0 for initialisation='pissa'")
-
-    @property
-    def random(self) -> bool:
-        """Dropout draws."""
-        return self.dropout > 0
 
     @property
     def reads(self) -> bool:
@@ -124,14 +120,6 @@ class LoRA(SiteMethod):
             added = added - through(x, variables["start_a"], variables["start_b"], self.scale)
         return y + added.reshape(y.shape)
 
-    def merge(self, variables: Variables, params: Variables, path: str) -> Variables:
-        """The kernel plus the scaled product, summed in single precision or better."""
-        return self._shifted(variables, params, 1.0)
-
-    def unmerge(self, variables: Variables, params: Variables, path: str) -> Variables:
-        """The kernel less the scaled product."""
-        return self._shifted(variables, params, -1.0)
-
     def scaled(self, variables: Variables, factor: Any) -> Variables:
         """B times the factor; raises `InputError` where the product did not start at zero."""
         if self.reads:
@@ -147,11 +135,6 @@ class LoRA(SiteMethod):
         if self.reads:
             change = change - product(variables["start_a"], variables["start_b"])
         return change * self.scale
-
-    def _shifted(self, variables: Variables, params: Variables, sign: float) -> Variables:
-        name = "kernel" if "kernel" in params else "embedding"
-        kernel, change = params[name], self.change(variables)
-        return {**params, name: (kernel + sign * change.reshape(kernel.shape)).astype(kernel.dtype)}
 
     def _init_table(self, rng: jax.Array, site: Site) -> Variables:
         if self.reads:

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from ...models.products import project
+from .added_product import AddedProduct
 from .low_rank import dropout_seed, dropped, product, require_dropout, require_rank
 from .matrices import matrix_of
-from .methods import Axes, Site, SiteMethod, Variables, first_input
+from .methods import Axes, Site, Variables, first_input
 
 
 @dataclass(frozen=True)
-class VeRA(SiteMethod):
+class VeRA(AddedProduct):
     """`y + ((dropout(x) A) * d B) * b` with trained `lambda_d = d [rank]` and `lambda_b = b [out]`.
 
     A `[in, rank]` and B `[rank, out]` are state: drawn once from `seed`, uniform in ±sqrt(6/in) and
@@ -38,11 +39,6 @@ class VeRA(SiteMethod):
     def __post_init__(self) -> None:
         require_rank("VeRA", self.rank)
         require_dropout("VeRA", self.dropout)
-
-    @property
-    def random(self) -> bool:
-        """Dropout draws."""
-        return self.dropout > 0
 
     def init(self, rng: jax.Array, site: Site, args: tuple, output: Any) -> Variables:
         """Both vectors; raises `InputError` where the site is no matrix."""
@@ -70,14 +66,6 @@ class VeRA(SiteMethod):
         added = project(project(x, cast["a"]) * cast["lambda_d"], cast["b"]) * cast["lambda_b"]
         return y + added.reshape(y.shape)
 
-    def merge(self, variables: Variables, params: Variables, path: str) -> Variables:
-        """The kernel plus the product, summed in single precision or better."""
-        return self._shifted(variables, params, 1.0)
-
-    def unmerge(self, variables: Variables, params: Variables, path: str) -> Variables:
-        """The kernel less the product."""
-        return self._shifted(variables, params, -1.0)
-
     def scaled(self, variables: Variables, factor: Any) -> Variables:
         """The outer vector times the factor."""
         return {**variables, "lambda_b": variables["lambda_b"] * factor}
@@ -86,10 +74,6 @@ class VeRA(SiteMethod):
         """What is added to the kernel, `[..., in, out]`."""
         a = variables["a"] * variables["lambda_d"][..., None, :]
         return product(a, variables["b"] * variables["lambda_b"][..., None, :])
-
-    def _shifted(self, variables: Variables, params: Variables, sign: float) -> Variables:
-        kernel, change = params["kernel"], self.change(variables)
-        return {**params, "kernel": (kernel + sign * change.reshape(kernel.shape)).astype(kernel.dtype)}
 
 
 def _uniform(rng: jax.Array, shape: tuple[int, int]) -> jax.Array:
