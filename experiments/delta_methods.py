@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import jax
 import optax
 
+from .. import InputError
 from ..models import ClassifierHead, Transformer
 from ..models.model import Params
 from ..models.pretrained import load_pretrained, load_tokenizer
@@ -316,6 +318,8 @@ class Work:
 
         stops = [max(1, round(part * self.training.steps)) for part in cell.rungs]
         found = successive_halving(self.recipe.rates, stops=stops, advance=advance, score=score)
+        if not isfinite(found.rungs[-1].scores[found.best][1]):
+            raise InputError(f"{folder}: the loss on dev is finite at none of the rates {self.recipe.rates}")
         rungs = [
             {"step": rung.stop, **{f"{rate:g}": s[0] for rate, s in rung.scores.items()}}
             for rung in found.rungs

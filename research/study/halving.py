@@ -50,7 +50,7 @@ def successive_halving(
 
     `advance(candidate, state, start, stop)` trains from its `state` (None: from the beginning) and returns
     the new one; `score(state)` are numbers compared in order, larger is better; one that is not finite loses.
-    Of equal scores the earlier candidate wins. Raises `InputError` where none is finite.
+    Of equal scores the earlier candidate wins. Where none is finite the best is not either.
     """
     _check(candidates, stops, keep)
     states: dict[Candidate, State | None] = dict.fromkeys(candidates)
@@ -63,10 +63,6 @@ def successive_halving(
             states[candidate], scores[candidate] = state, score(state)
         rungs.append(Rung(stop, scores))
         ranked = sorted(scores, key=lambda each: _ranked(scores[each]), reverse=True)
-        if not all(map(math.isfinite, scores[ranked[0]])):
-            raise InputError(
-                f"successive halving: at step {stop} none of {', '.join(map(str, scores))} is finite"
-            )
         kept = ranked[: max(1, math.ceil(len(ranked) * keep))]
         states = {candidate: states[candidate] for candidate in states if candidate in kept}
         start = stop
