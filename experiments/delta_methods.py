@@ -42,6 +42,7 @@ from ..research.study.halving import successive_halving
 from ..research.study.runs import Run, run_id
 from ..research.training.config import OptimizerConfig, TrainingConfig
 from ..research.training.lora_plus import lora_plus
+from ..research.training.model_folder import TrainedModel, with_classifier
 from ..research.training.rank_allocation import rank_allocation
 from ..research.training.trials import HEAD, Trial, Trials
 from .delta_tasks import TASKS, Task, TaskRows, load_task, measured
@@ -183,9 +184,8 @@ class Backbone:
 
     def with_head(self, labels: int) -> tuple[Transformer, Params]:
         """The classifier on the mean hidden state, and its parameters; each trial draws the head anew."""
-        model = Transformer(self.model.config, ClassifierHead(labels, "mean"))
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jax.numpy.zeros((1, 2), int))[HEAD]
-        return model, {**self.params, HEAD: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)}
+        trained = TrainedModel(self.model, self.params)
+        return with_classifier(trained, ClassifierHead(labels, "mean"), seed=0)
 
 
 @dataclass(frozen=True)

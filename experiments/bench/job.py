@@ -1,4 +1,7 @@
-"""What every contender trains: a GPT-2-style decoder on random tokens, with AdamW. Imports no framework."""
+"""What every contender trains: a GPT-2-style decoder on random tokens, with AdamW. Imports no framework.
+
+`WrittenJob` is what it has in common with the other jobs.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -15,7 +19,30 @@ BATCHES = 4  # drawn once and taken in turn, so that drawing is not measured
 
 
 @dataclass(frozen=True)
-class DecoderJob:
+class WrittenJob:
+    """A job as plain numbers, text and tuples of these, which another process reads."""
+
+    def require_positive(self, *names: str) -> None:
+        """Raise `InputError` for the first of these fields that is below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def to_json(self) -> str:
+        """All fields, for another process."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The job that `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        )
+
+
+@dataclass(frozen=True)
+class DecoderJob(WrittenJob):
     """Sizes of the decoder and of its batch, and the optimizer's numbers.
 
     The decoder is pre-norm, with learned positions, tanh-GELU, biases and a tied head, in float32; weight
@@ -35,9 +62,7 @@ class DecoderJob:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "length", "batch", "vocab"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        self.require_positive("layers", "width", "heads", "length", "batch", "vocab")
         if self.width % self.heads:
             raise InputError(f"width {self.width} is not a multiple of {self.heads} heads")
 
@@ -67,13 +92,3 @@ class DecoderJob:
         )
         for count, a, b in projections:
             yield from ((count, (rows, a, b)), (count, (rows, b, a)), (count, (a, rows, b)))
-
-    def to_json(self) -> str:
-        """All fields, for another process."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> DecoderJob:
-        """The job that `to_json` wrote."""
-        fields = json.loads(text)
-        return cls(**{**fields, "betas": tuple(fields["betas"])})

@@ -12,19 +12,21 @@ from .job import DecoderJob
 from .torch_decoder import Decoder, next_token_loss
 from .tuning_job import TuningJob
 
+Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
-class TorchTraining:
-    """A decoder, its loss (compiled or not) and PyTorch's fused AdamW."""
 
-    def __init__(self, job: DecoderJob, compiled: bool) -> None:
+class TorchSteps:
+    """A model, its loss (compiled or not) and PyTorch's fused AdamW on what asks for gradients."""
+
+    def __init__(self, job: DecoderJob | TuningJob, model: nn.Module, loss: Loss, compiled: bool) -> None:
         self.versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-        torch.manual_seed(0)
         self.batches = itertools.cycle(
             (torch.from_numpy(x).long(), torch.from_numpy(y).long()) for x, y in job.batches()
         )
-        self.model, self.clip = Decoder(job), job.clip
-        self.optimizer = make_optimizer(job, list(self.model.parameters()))
-        self.loss = torch.compile(next_token_loss) if compiled else next_token_loss
+        self.model, self.clip = model, job.clip
+        self.trained = [each for each in model.parameters() if each.requires_grad]
+        self.optimizer = make_optimizer(job, self.trained)
+        self.loss = torch.compile(loss) if compiled else loss
 
     def run(self, steps: int) -> float:
         """Train for `steps`; the last one's loss."""
@@ -33,13 +35,21 @@ class TorchTraining:
             loss = self.loss(self.model, *next(self.batches))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            nn.utils.clip_grad_norm_(self.trained, self.clip)
             self.optimizer.step()
         return loss.item()
 
     def product(self, m: int, k: int, n: int) -> Callable[[], None]:
         """One product `[m, k] x [k, n]` of random float32 matrices."""
         return torch_product(m, k, n)
+
+
+class TorchTraining(TorchSteps):
+    """A decoder and its next-token loss."""
+
+    def __init__(self, job: DecoderJob, compiled: bool) -> None:
+        torch.manual_seed(0)
+        super().__init__(job, Decoder(job), next_token_loss, compiled)
 
 
 def torch_product(m: int, k: int, n: int) -> Callable[[], None]:

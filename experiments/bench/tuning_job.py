@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +10,14 @@ from typing import Literal, get_args
 import numpy as np
 
 from ... import InputError
+from .job import WrittenJob
 
 TuningMethod = Literal["lora", "bitfit", "full"]
 LABELS = 2
 
 
 @dataclass(frozen=True)
-class TuningJob:
+class TuningJob(WrittenJob):
     """A checkpoint's folder, the file of the rows, sizes, and the numbers of method and optimizer.
 
     Rows are full, so that nobody needs a mask; the classifier is a linear layer on the pretrained pooler.
@@ -44,9 +43,7 @@ class TuningJob:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "hidden", "batch", "length", "rank"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        self.require_positive("layers", "width", "heads", "hidden", "batch", "length", "rank")
         if self.width % self.heads:
             raise InputError(f"width {self.width} is not a multiple of {self.heads} heads")
         if self.rank > self.width:
@@ -107,13 +104,3 @@ class TuningJob:
         """
         weights = sum(2.0 * count * m * k * n for count, (m, k, n) in self.products())
         return weights + 6 * 2.0 * self.layers * self.tokens * self.length * self.width
-
-    def to_json(self) -> str:
-        """All fields, for another process."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> TuningJob:
-        """The job that `to_json` wrote."""
-        fields = json.loads(text)
-        return cls(**{**fields, "betas": tuple(fields["betas"])})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,41 +9,18 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from .torch_training import make_optimizer, torch_product
+from .torch_training import TorchSteps
 from .tuning_job import LABELS, TuningJob
 
 
-class TorchTuning:
+class TorchTuning(TorchSteps):
     """`BertForSequenceClassification`, under LoRA PEFT's, and PyTorch's fused AdamW."""
 
     def __init__(self, job: TuningJob, compiled: bool) -> None:
         import peft
 
-        self.versions = (
-            f"peft {peft.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-        )
-        self.batches = itertools.cycle(
-            (torch.from_numpy(x).long(), torch.from_numpy(y).long()) for x, y in job.batches()
-        )
-        self.model, self.clip = tuned_model(job), job.clip
-        self.trained = [each for each in self.model.parameters() if each.requires_grad]
-        self.optimizer = make_optimizer(job, self.trained)
-        self.loss = torch.compile(batch_loss) if compiled else batch_loss
-
-    def run(self, steps: int) -> float:
-        """Train for `steps`; the last one's loss."""
-        loss = torch.tensor(0.0)
-        for _ in range(steps):
-            loss = self.loss(self.model, *next(self.batches))
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.trained, self.clip)
-            self.optimizer.step()
-        return loss.item()
-
-    def product(self, m: int, k: int, n: int) -> Callable[[], None]:
-        """One product `[m, k] x [k, n]` of random float32 matrices."""
-        return torch_product(m, k, n)
+        super().__init__(job, tuned_model(job), batch_loss, compiled)
+        self.versions = f"peft {peft.__version__}, {self.versions}"
 
 
 def batch_loss(model: nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,18 +24,18 @@ NOT_HEAD = f"re:(?!{HEAD}(/|$)).+"
 
 
 @dataclass(frozen=True)
-class TuningMethod:
+class TuningMethod(ABC):
     """A way to tune; `command` is its name on the command line, `stored` that of its delta."""
 
     command: ClassVar[str] = ""
     stored: ClassVar[str] = ""
 
-    def check(self, steps: int) -> None:
+    def check(self, steps: int) -> None:  # noqa: B027, most take any
         """Raise `InputError` for numbers that the method does not take in a run of so many steps."""
 
+    @abstractmethod
     def spec(self, params: Mapping[str, Any], classifies: bool) -> Spec | None:
         """What is tuned of `params`, with the classifier's head where there is one; None: everything."""
-        raise NotImplementedError
 
     def best_from(self, steps: int) -> int:
         """The first of so many steps whose state may be the one that is stored."""

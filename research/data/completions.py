@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ... import InputError
+from .padding import filled, rounded_up, token_fields
 from .sources import Source
 from .templates import Template
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from ...models.pretrained.tokenizers import Tokenizer
 
 __all__ = ["Completions", "encode_completions", "same_lengths"]
-
-MULTIPLE = 8
 
 
 class Lengths(NamedTuple):
@@ -63,22 +62,14 @@ class Completions:
         if self.start is None:
             whole = [*prompt, *completion]
             weights = [0.0] * (len(prompt) - 1) + [1.0] * len(completion)
-            return self._stack("", whole[:-1], self.lengths.tokens) | self._learned(whole[1:], weights)
-        decoder = self._stack("decoder_", [self.start, *completion[:-1]], self.lengths.targets)
-        source = self._stack("", prompt, self.lengths.tokens)
+            return token_fields(whole[:-1], self.lengths.tokens, self.pad) | self._learned(whole[1:], weights)
+        decoder = token_fields([self.start, *completion[:-1]], self.lengths.targets, self.pad, "decoder_")
+        source = token_fields(prompt, self.lengths.tokens, self.pad)
         return source | decoder | self._learned(completion, [1.0] * len(completion))
-
-    def _stack(self, prefix: str, ids: Sequence[int], length: int) -> dict[str, np.ndarray]:
-        inside = np.arange(length) < len(ids)
-        return {
-            f"{prefix}tokens": filled(ids, length, self.pad),
-            f"{prefix}segments": inside.astype(np.int32),
-            f"{prefix}positions": np.where(inside, np.arange(length), 0).astype(np.int32),
-        }
 
     def _learned(self, targets: Sequence[int], weights: Sequence[float]) -> dict[str, np.ndarray]:
         length = self.lengths.tokens if self.start is None else self.lengths.targets
-        shares = filled(weights, length, 0).astype(np.float32)
+        shares = filled(weights, length, 0, np.float32)
         return {"targets": filled(targets, length, self.pad), "weights": shares}
 
 
@@ -132,13 +123,6 @@ def same_lengths(splits: Mapping[str, Completions]) -> dict[str, Completions]:
     return {name: replace(rows, lengths=longest) for name, rows in splits.items()}
 
 
-def filled(values: Sequence[float], length: int, fill: int) -> np.ndarray:
-    """`values` as an array `[length]`, filled up with `fill`."""
-    array = np.full(length, fill, np.float32 if values and isinstance(values[0], float) else np.int32)
-    array[: len(values)] = values
-    return array
-
-
 def joined(prompt: str, answer: str) -> str:
     """A prompt and what follows it: a space between them, unless the prompt ends in one."""
     return prompt + answer if prompt[-1:].isspace() else f"{prompt} {answer}"
@@ -177,8 +161,8 @@ def _last(ids: list[int], room: int, begin: int | None) -> list[int]:
 
 def _lengths(pairs: Sequence[tuple[list[int], list[int]]], start: int | None, length: int | None) -> Lengths:
     def padded(size: int) -> int:
-        whole = -(-size // MULTIPLE) * MULTIPLE
-        return whole if length is None else min(whole, length)  # the model may have no more positions
+        # At most `length`: the model may have no more positions.
+        return rounded_up(size) if length is None else min(rounded_up(size), length)
 
     answers = max(len(answer) for _, answer in pairs)
     if start is None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from ... import InputError
 from .examples import Examples, Labels
+from .padding import rounded_up
 from .sources import Source
 from .templates import Template
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from ...models.pretrained.tokenizers import Tokenizer
 
 __all__ = ["encode_examples", "same_length"]
-
-MULTIPLE = 8
-"""Rows are padded to a multiple of this where no length is asked for."""
 
 
 def encode_examples(
@@ -121,7 +119,7 @@ def _closed(row: list[int], end: int) -> list[int]:
 
 def _padded(rows: Sequence[np.ndarray]) -> int:
     longest = max(len(row) for row in rows)
-    return -(-longest // MULTIPLE) * MULTIPLE
+    return rounded_up(longest)
 
 
 def _check_lengths(rows: Sequence[np.ndarray], name: str, length: int | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ... import InputError
+from .padding import filled, token_fields
 from .sources import Source
 from .tokenizers import Tokenizer
 
@@ -79,20 +80,12 @@ class Examples:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        ids = self.ids[index]
-        tokens = np.full(self.length, self.pad, np.int32)
-        tokens[: len(ids)] = ids
-        inside = np.arange(self.length) < len(ids)
-        row = {
-            "tokens": tokens,
-            "segments": inside.astype(np.int32),
-            "positions": np.where(inside, np.arange(self.length), 0).astype(np.int32),
+        row = token_fields(self.ids[index], self.length, self.pad) | {
             "label": np.asarray(self.labels[index], np.int32),
             "weight": np.ones((), np.float32),
         }
         if self.types is not None:
-            row["token_types"] = np.zeros(self.length, np.int32)
-            row["token_types"][: len(ids)] = self.types[index]
+            row["token_types"] = filled(self.types[index], self.length, 0)
         return row
 
 
