@@ -30,8 +30,15 @@ class TuningMethod(ABC):
     command: ClassVar[str] = ""
     stored: ClassVar[str] = ""
 
-    def check(self, steps: int) -> None:  # noqa: B027, most take any
-        """Raise `InputError` for numbers that the method does not take in a run of so many steps."""
+    def check(self, steps: int, averaged: bool = False) -> None:
+        """Raise `InputError` for numbers that the method does not take in a run of so many steps.
+
+        `averaged`: what is stored is the moving average of the steps' parameters.
+        """
+        if averaged and self.best_from(steps) > 0:
+            raise InputError(
+                f"--ema does not go with {self.command}: an average keeps a share of what is set to zero"
+            )
 
     @abstractmethod
     def spec(self, params: Mapping[str, Any], classifies: bool) -> Spec | None:
@@ -58,8 +65,9 @@ class SiteOrLeaf(TuningMethod):
     at: str
     own: ClassVar[Mapping[str, str]] = {}
 
-    def check(self, steps: int) -> None:
+    def check(self, steps: int, averaged: bool = False) -> None:
         """Make the method: it looks at its numbers."""
+        super().check(steps, averaged)
         self.method()
 
     def method(self) -> Any:
@@ -90,9 +98,9 @@ class LowRank(SiteOrLeaf):
 
     b_rate: float
 
-    def check(self, steps: int) -> None:
+    def check(self, steps: int, averaged: bool = False) -> None:
         """Make the method, and what multiplies B's updates."""
-        super().check(steps)
+        super().check(steps, averaged)
         if self.wrap is not None:
             self.wrap(_no_optimizer(), steps)
 
@@ -117,9 +125,9 @@ class Budgeted(SiteOrLeaf):
     settled: float
     every: int
 
-    def check(self, steps: int) -> None:
+    def check(self, steps: int, averaged: bool = False) -> None:
         """Make the method and its budget."""
-        super().check(steps)
+        super().check(steps, averaged)
         self.wrap(_no_optimizer(), steps)
 
     def best_from(self, steps: int) -> int:
@@ -181,9 +189,9 @@ class Pruned(SiteOrLeaf):
 
     keep: float
 
-    def check(self, steps: int) -> None:
+    def check(self, steps: int, averaged: bool = False) -> None:
         """Make the method."""
-        super().check(steps)
+        super().check(steps, averaged)
         if not 0.0 < self.keep <= 1.0:
             raise InputError(f"diff pruning keep={self.keep} must be above 0 and at most 1")
 
@@ -213,7 +221,7 @@ class LastLayers(TuningMethod):
 
     count: int
 
-    def check(self, steps: int) -> None:
+    def check(self, steps: int, averaged: bool = False) -> None:
         """There is one layer at least."""
         if self.count < 1:
             raise InputError(f"last-layers count={self.count} must be at least 1")

@@ -100,7 +100,8 @@ class Tune:
 
         configs = self._configs()
         reading = self._reading()
-        self.method.check(self.training.steps)  # what is wrong with it is said before anything is read
+        # What is wrong with it is said before anything is read.
+        self.method.check(self.training.steps, averaged=self.training.ema > 0)
         self._check_peft(reading)
         layout = self.placement.layout(self.training.batch)
         prepared = self._prepare(reading)

@@ -16,6 +16,7 @@ from .low_rank import (
     dropped,
     fitting_matrix,
     product,
+    require_alpha,
     require_dropout,
     require_rank,
     through,
@@ -49,6 +50,7 @@ class AdaLoRA(AddedProduct):
 
     def __post_init__(self) -> None:
         require_rank("AdaLoRA", self.rank)
+        require_alpha("AdaLoRA", self.alpha)
         require_dropout("AdaLoRA", self.dropout)
         if self.orthogonality < 0:
             raise InputError(f"AdaLoRA orthogonality={self.orthogonality} must be at least 0")

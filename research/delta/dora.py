@@ -14,6 +14,7 @@ from .low_rank import (
     dropped,
     fitting_matrix,
     product,
+    require_alpha,
     require_dropout,
     require_rank,
     through,
@@ -46,6 +47,7 @@ class DoRA(SiteMethod):
 
     def __post_init__(self) -> None:
         require_rank("DoRA", self.rank)
+        require_alpha("DoRA", self.alpha)
         require_dropout("DoRA", self.dropout)
 
     @property

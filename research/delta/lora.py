@@ -16,6 +16,7 @@ from .low_rank import (
     dropped,
     fitting_matrix,
     product,
+    require_alpha,
     require_dropout,
     require_fit,
     require_rank,
@@ -67,6 +68,7 @@ class LoRA(AddedProduct):
 
     def __post_init__(self) -> None:
         require_rank("LoRA", self.rank)
+        require_alpha("LoRA", self.alpha)
         require_dropout("LoRA", self.dropout)
         if self.initialisation not in (known := DRAWN + FROM_KERNEL):
             raise InputError(f"LoRA initialisation={self.initialisation!r} is not one of {', '.join(known)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import jax
@@ -19,6 +20,12 @@ def require_rank(method: str, rank: int) -> None:
         raise InputError(f"{method} rank={rank!r} is a {type(rank).__name__}; it must be an integer")
     if rank < 1:
         raise InputError(f"{method} rank={rank} must be at least 1")
+
+
+def require_alpha(method: str, alpha: float) -> None:
+    """Raise `InputError` for a factor that is infinite or no number."""
+    if not isfinite(alpha):
+        raise InputError(f"{method} alpha={alpha} must be finite")
 
 
 def require_dropout(method: str, dropout: float) -> None:

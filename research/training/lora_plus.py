@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import inf
 from typing import Any
 
 import jax
@@ -24,8 +25,8 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
     The authors' code suggests 16. Raises `InputError` for a ratio that is not positive, and where nothing
     that is trained has such a B.
     """
-    if ratio <= 0:
-        raise InputError(f"lora_plus ratio={ratio} must be above 0")
+    if not 0 < ratio < inf:
+        raise InputError(f"lora_plus ratio={ratio} must be above 0 and finite")
 
     def init(params: Any) -> optax.EmptyState:
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]

@@ -128,6 +128,21 @@ def test_generate_writes_what_the_tuned_model_says(answering, modicum, tiny_publ
     assert said.out.split() == (text if family == "t5" else f"{prompt} {text}").split()
 
 
+def test_the_code_on_the_page_runs(answering, tiny_published):
+    _, folder = answering("gpt2", "adapter", "--width", 4)
+    page = (Path(__file__).parents[3] / "docs" / "tuning.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    for published, here in (
+        ("openai-community/gpt2", tiny_published("gpt2")),
+        ("runs/tune/lora-0.001", folder),
+    ):
+        assert published in code
+        code = code.replace(published, str(here))
+    names = {"tokens": np.arange(6)[None]}
+    exec(code, names)
+    assert np.isfinite(names["logits"]).all() and len(names["made"].rows()[0]) <= 4
+
+
 @pytest.mark.parametrize(
     "method",
     [

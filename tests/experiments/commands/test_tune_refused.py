@@ -115,7 +115,9 @@ def test_methods_that_do_not_fit(tune, tiny_published):
     assert tune("bert", method=["diff-pruning", "--keep", 2]) == (
         "diff pruning keep=2.0 must be above 0 and at most 1"
     )
-    assert tune("bert", method=["lora", "--b-rate", 0]) == "lora_plus ratio=0.0 must be above 0"
+    assert tune("bert", method=["lora", "--b-rate", 0]) == "lora_plus ratio=0.0 must be above 0 and finite"
+    assert tune("bert", method=["dora", "--alpha", "nan"]) == "DoRA alpha=nan must be finite"
+    assert tune("bert", "--ema", 0.9, method=["adalora"]).startswith("--ema does not go with adalora")
 
 
 def test_what_peft_cannot_have(tune, refused, trained, data, tmp_path):

@@ -43,7 +43,7 @@ def test_b_learns_as_in_a_parameter_group_of_its_own():
 
 
 def test_what_makes_no_sense_is_an_error():
-    with pytest.raises(InputError, match=r"lora_plus ratio=0\.0 must be above 0"):
+    with pytest.raises(InputError, match=r"lora_plus ratio=0\.0 must be above 0 and finite"):
         lora_plus(0.0)
     with pytest.raises(InputError, match="nothing that is trained is the B of a LoRA"):
         lora_plus(4.0).init({"~adapter": {"b": jnp.ones(2)}})
