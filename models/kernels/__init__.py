@@ -1,9 +1,9 @@
 """Attention and other kernels written by hand: one front, one reference, one file a backend.
 
-`front` has `attention()`; `masks`, `flags`, `biases` and `relations` are the expressions it takes, and
-`blocks` derives from a mask which tiles of the score matrix are skipped. `registry` chooses the
-implementation of a `request`: `whole` (short sequences on CPUs), `chunked` (XLA, tile by tile) or `reference`
-(every score at once, the oracle).
+`front` has `attention()`; `masks`, `flags`, `biases`, `relations` and `dropout` are the expressions it takes,
+`terms` joins them for the implementations, and `blocks` derives from a mask which tiles of the score matrix
+are skipped. `registry` chooses the implementation of a `request`: `whole` (short sequences on CPUs),
+`chunked` (XLA, tile by tile) or `reference` (every score at once, the oracle).
 `spans`, `trees` and `varying` hold what these share: ranges of indices, dataclasses that are pytrees, and
 arrays inside `shard_map`.
 """
@@ -11,12 +11,14 @@ arrays inside `shard_map`.
 from .biases import ALiBi, Bias, Bucketed, alibi_slopes
 from .biases import Dense as DenseBias
 from .decode import Joined, decode_attention
+from .dropout import Dropout
 from .flags import Keys, Queries
 from .front import attention, attention_probabilities
 from .masks import And, Causal, Dense, Full, Lengths, Mask, Not, Or, Prefix, Segments, Window
 from .registry import implementations
 from .relations import Relations
 from .request import Implementation, Request
+from .terms import Terms
 
 __all__ = [
     "ALiBi",
@@ -26,6 +28,7 @@ __all__ = [
     "Causal",
     "Dense",
     "DenseBias",
+    "Dropout",
     "Full",
     "Implementation",
     "Joined",
@@ -39,6 +42,7 @@ __all__ = [
     "Relations",
     "Request",
     "Segments",
+    "Terms",
     "Window",
     "alibi_slopes",
     "attention",

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .biases import Bias
 from .blocks import FULL, PARTIAL, SKIP, Grid, dynamic_blocks, is_dynamic, static_blocks
+from .dropout import Dropout
 from .masks import Lengths, Mask
 from .reference import group_heads
 from .request import Request
 from .spans import Span, accumulation_dtype, pad
+from .terms import Terms
 from .trees import AnyArray
 from .varying import vary, varying_axes
 
@@ -52,48 +53,28 @@ class Chunked:
         """A single query has no tiles to skip: decoding takes the plain softmax."""
         return "a single query needs no tiles" if request.queries == 1 else None
 
-    def __call__(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        mask: Mask,
-        bias: Bias | None,
-        scale: float,
-        soft_cap: float | None,
-    ) -> tuple[Array, Array]:
+    def __call__(self, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
         """Output `[B, T, H, K]` and log-sum-exp `[B, H, T]`."""
-        given = (q, k, v, mask, bias)
-        q, k, v, mask, bias = vary(given, varying_axes(given))
+        given = (q, k, v, terms)
+        q, k, v, terms = vary(given, varying_axes(given))
         queries, keys = q.shape[1], k.shape[1]
         target = self.block or (128 if max(queries, keys) <= 512 else 256)
         rows, columns = block_size(queries, target), block_size(keys, target)
         grid = Grid(-(-queries // rows) * rows, -(-keys // columns) * columns, rows, columns)
-        mask = mask.extended(grid.queries, grid.keys)
+        terms = terms.extended(grid.queries, grid.keys)
         if grid.keys > keys:
-            mask = mask & Lengths(keys)
-        if bias is not None:
-            bias = bias.extended(grid.queries, grid.keys)
+            terms = dataclasses.replace(terms, mask=terms.mask & Lengths(keys))
         q, k, v = pad(q, 1, grid.queries), pad(k, 1, grid.keys), pad(v, 1, grid.keys)
-        out, lse = _attend(Plan(grid, scale, soft_cap), q, k, v, mask, bias)
+        out, lse = _attend(grid, q, k, v, terms)
         return out[:, :queries], lse[:, :, :queries]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The static part of a call: how the scores are cut and formed."""
-
-    grid: Grid
-    scale: float
-    soft_cap: float | None
-
-
 class Tile(NamedTuple):
-    """A piece of the score matrix; without `mask` all its pairs are allowed."""
+    """A piece of the score matrix; all its pairs are allowed where it is not `partial`."""
 
     rows: Span
     columns: Span
-    mask: Mask | None
+    partial: bool
 
 
 def block_size(length: int, target: int) -> int:
@@ -105,74 +86,81 @@ def block_size(length: int, target: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, q: Array, k: Array, v: Array, mask: Mask, bias: Bias | None) -> tuple[Array, Array]:
-    return _forward(plan, q, k, v, mask, bias)[0]
+def _attend(grid: Grid, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
+    return _forward(grid, q, k, v, terms)[0]
 
 
-def _forward(
-    plan: Plan, q: Array, k: Array, v: Array, mask: Mask, bias: Bias | None
-) -> tuple[tuple[Array, Array], Residuals]:
+def _forward(grid: Grid, q: Array, k: Array, v: Array, terms: Terms) -> tuple[tuple[Array, Array], Residuals]:
     (batch, queries, heads, _), groups = q.shape, k.shape[2]
     dtype = accumulation_dtype(q.dtype)
 
     def visit(carry: Carry, tile: Tile) -> Carry:
         out, top, total = carry
-        raw = _raw_scores(plan, _rows(q, tile, groups), _columns(k, tile), tile, bias)
-        scores = _cap_and_mask(plan, raw, tile)
+        raw = _raw_scores(terms, _rows(q, tile, groups), _columns(k, tile), tile)
+        scores = _cap_and_mask(terms, raw, tile)
         old_top, old_total = tile.rows.cut(top, 3), tile.rows.cut(total, 3)
         new_top = jnp.maximum(old_top, scores.max(-1))
         finite = jnp.where(new_top == -jnp.inf, 0, new_top)  # no key so far: exp(-inf - 0) = 0
         weights, shrink = jnp.exp(scores - finite[..., None]), jnp.exp(old_top - finite)
-        values = _product("bgrts,bgsk->bgrtk", weights.astype(v.dtype), _columns(v, tile))
+        kept = weights if terms.dropout is None else weights * _kept(terms.dropout, weights, tile)
+        values = _product("bgrts,bgsk->bgrtk", kept.astype(v.dtype), _columns(v, tile))
         out = _put(out, _ungroup(_rows(out, tile, groups) * shrink[..., None] + values), tile.rows, 1)
         total = _put(total, old_total * shrink + weights.sum(-1), tile.rows, 3)
         return out, _put(top, new_top, tile.rows, 3), total
 
     zeros = jnp.zeros((batch, groups, heads // groups, queries), dtype)
     start = (jnp.zeros((batch, queries, heads, v.shape[3]), dtype), zeros - jnp.inf, zeros)
-    out, top, total = _over_tiles(plan.grid, mask, visit, vary(start, varying_axes(q)))
+    out, top, total = _over_tiles(grid, terms.mask, visit, vary(start, varying_axes(q)))
+    if terms.sinks is not None:
+        out, top, total = _with_sinks(terms.sinks, out, top, total)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total)).reshape(batch, heads, queries)
     inverse = (1 / total).reshape(batch, heads, queries).swapaxes(1, 2)[..., None]
     out = (out * inverse).astype(q.dtype)
-    return (out, lse), (q, k, v, mask, bias, out, lse)
+    return (out, lse), (q, k, v, terms, out, lse)
 
 
-def _backward(plan: Plan, residuals: Residuals, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    q, k, v, mask, bias, out, lse = residuals
+def _backward(grid: Grid, residuals: Residuals, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    q, k, v, terms, out, lse = residuals
     (d_out, d_lse), groups = cotangents, k.shape[2]
     delta = _product("bthk,bthk->bht", out, d_out) - d_lse
     empty = lse == -jnp.inf
-    delta = group_heads(jnp.where(empty, 0, delta), groups)
+    delta = jnp.where(empty, 0, delta)
+    d_sinks = None if terms.sinks is None else _sinks_gradient(terms.sinks, lse, delta)
+    delta = group_heads(delta, groups)
     norm = group_heads(jnp.where(empty, jnp.inf, lse), groups)  # a row without a key: exp(-inf - inf) = 0
 
     def visit(carry: Carry, tile: Tile) -> Carry:
         dq, dk, dv, d_bias = carry
         q_tile, d_out_tile = _rows(q, tile, groups), _rows(d_out, tile, groups)
         k_tile, v_tile = _columns(k, tile), _columns(v, tile)
-        raw = _raw_scores(plan, q_tile, k_tile, tile, bias)
-        weights = jnp.exp(_cap_and_mask(plan, raw, tile) - tile.rows.cut(norm, 3)[..., None])
-        d_weights = _product("bgrtk,bgsk->bgrts", d_out_tile, v_tile)
+        raw = _raw_scores(terms, q_tile, k_tile, tile)
+        weights = jnp.exp(_cap_and_mask(terms, raw, tile) - tile.rows.cut(norm, 3)[..., None])
+        kept, d_weights = weights, _product("bgrtk,bgsk->bgrts", d_out_tile, v_tile)
+        if terms.dropout is not None:
+            keep = _kept(terms.dropout, weights, tile)
+            kept, d_weights = weights * keep, d_weights * keep
         d_scores = weights * (d_weights - tile.rows.cut(delta, 3)[..., None])
-        if plan.soft_cap is not None:
-            d_scores *= 1 - jnp.tanh(raw / plan.soft_cap) ** 2
-        if bias is not None:
-            d_bias = bias.add_gradient(d_bias, _merge_heads(d_scores), tile.rows, tile.columns)
-        d_scores = (d_scores * plan.scale).astype(q.dtype)
+        if terms.soft_cap is not None:
+            d_scores *= 1 - jnp.tanh(raw / terms.soft_cap) ** 2
+        if terms.bias is not None:
+            d_bias = terms.bias.add_gradient(d_bias, _merge_heads(d_scores), tile.rows, tile.columns)
+        d_scores = (d_scores * terms.scale).astype(q.dtype)
         dq = _add(dq, _ungroup(_product("bgrts,bgsk->bgrtk", d_scores, k_tile)), tile.rows, 1)
         # [K, s] and not [s, K]: for the latter XLA:CPU transposes the large factor (26 against 76 GFLOP/s)
         dk = _add(dk, _product("bgrtk,bgrts->bgks", q_tile, d_scores), tile.columns, 3)
-        dv = _add(dv, _product("bgrtk,bgrts->bgks", d_out_tile, weights.astype(v.dtype)), tile.columns, 3)
+        dv = _add(dv, _product("bgrtk,bgrts->bgks", d_out_tile, kept.astype(v.dtype)), tile.columns, 3)
         return dq, dk, dv, d_bias
 
     zeros = functools.partial(jnp.zeros, dtype=lse.dtype)
-    d_bias = jax.tree.map(lambda x: zeros(x.shape), bias)
+    d_bias = jax.tree.map(lambda x: zeros(x.shape), terms.bias)
     start = (zeros(q.shape), *(zeros((*x.shape[::2], x.shape[3], x.shape[1])) for x in (k, v)), d_bias)
-    dq, dk, dv, d_bias = _over_tiles(plan.grid, mask, visit, vary(start, varying_axes(q)))
+    dq, dk, dv, d_bias = _over_tiles(grid, terms.mask, visit, vary(start, varying_axes(q)))
     dk, dv = (x.transpose(0, 3, 1, 2) for x in (dk, dv))
-    d_bias = jax.tree.map(_cotangent, d_bias, bias)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_bias
+    d_bias = jax.tree.map(_cotangent, d_bias, terms.bias)
+    d_terms = dataclasses.replace(terms, mask=None, bias=d_bias, sinks=d_sinks, dropout=None)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_terms
 
 
 _attend.defvjp(_forward, _backward)
@@ -185,7 +173,7 @@ def _over_tiles(grid: Grid, mask: Mask, visit: Callable[[Carry, Tile], Carry], c
     sorted to the end on the device, and the loop stops before them.
     """
     blocks = static_blocks(mask, grid)
-    for wanted, tile_mask in ((FULL, None), (PARTIAL, mask)):
+    for wanted in (FULL, PARTIAL):
         tiles = np.argwhere(blocks == wanted).astype(np.int32)
         order: Array = jnp.asarray(tiles)
         count: int | Array = len(tiles)
@@ -193,30 +181,54 @@ def _over_tiles(grid: Grid, mask: Mask, visit: Callable[[Carry, Tile], Carry], c
             live = (dynamic_blocks(mask, grid) != SKIP).any((0, 1))[tiles[:, 0], tiles[:, 1]]
             order, count = order[jnp.argsort(~live)], live.sum()
 
-        def step(i: Any, carry: Carry, order: AnyArray = order, tile_mask: Mask | None = tile_mask) -> Carry:
+        def step(i: Any, carry: Carry, order: AnyArray = order, partial: bool = wanted == PARTIAL) -> Carry:
             rows = Span(order[i, 0] * grid.rows, grid.rows)
-            return visit(carry, Tile(rows, Span(order[i, 1] * grid.columns, grid.columns), tile_mask))
+            return visit(carry, Tile(rows, Span(order[i, 1] * grid.columns, grid.columns), partial))
 
         if len(tiles):
             carry = lax.fori_loop(0, count, step, carry)
     return carry
 
 
-def _raw_scores(plan: Plan, q: Array, k: Array, tile: Tile, bias: Bias | None) -> Array:
+def _raw_scores(terms: Terms, q: Array, k: Array, tile: Tile) -> Array:
     """The scores of a tile before soft cap and mask, `[B, G, R, t, s]`."""
-    scores = _product("bgrtk,bgsk->bgrts", q, k) * plan.scale
-    if bias is not None:
-        scores += group_heads(bias.tile(tile.rows, tile.columns), k.shape[1]).astype(scores.dtype)
+    scores = _product("bgrtk,bgsk->bgrts", q, k) * terms.scale
+    if terms.bias is not None:
+        scores += group_heads(terms.bias.tile(tile.rows, tile.columns), k.shape[1]).astype(scores.dtype)
     return scores
 
 
-def _cap_and_mask(plan: Plan, scores: Array, tile: Tile) -> Array:
-    if plan.soft_cap is not None:
-        scores = plan.soft_cap * jnp.tanh(scores / plan.soft_cap)
-    if tile.mask is None:
+def _cap_and_mask(terms: Terms, scores: Array, tile: Tile) -> Array:
+    if terms.soft_cap is not None:
+        scores = terms.soft_cap * jnp.tanh(scores / terms.soft_cap)
+    if not tile.partial:
         return scores
-    allowed = group_heads(tile.mask.predicate(tile.rows, tile.columns), scores.shape[1])
+    allowed = group_heads(terms.mask.predicate(tile.rows, tile.columns), scores.shape[1])
     return jnp.where(allowed, scores, -jnp.inf)
+
+
+def _kept(dropout: Dropout, weights: Array, tile: Tile) -> Array:
+    """What dropout multiplies a tile's weights `[B, G, R, t, s]` by: 0 or `1 / (1 - rate)`."""
+    batch, groups, repeats = weights.shape[:3]
+    keep = dropout.keep(Span(0, batch), Span(0, groups * repeats), tile.rows, tile.columns)
+    return keep.reshape(weights.shape).astype(weights.dtype) / (1 - dropout.rate)
+
+
+def _with_sinks(sinks: AnyArray, out: Array, top: Array, total: Array) -> tuple[Array, Array, Array]:
+    """One more logit in the sum of every row: out `[B, T, H, K]`, top and total `[B, G, R, T]`."""
+    sink = sinks.astype(top.dtype).reshape(*top.shape[1:3], 1)
+    new_top = jnp.maximum(top, sink)
+    finite = jnp.where(new_top == -jnp.inf, 0, new_top)
+    shrink = jnp.exp(top - finite)
+    of_rows = shrink.reshape(out.shape[0], out.shape[2], -1).swapaxes(1, 2)[..., None]
+    return out * of_rows, finite, total * shrink + jnp.exp(sink - finite)
+
+
+def _sinks_gradient(sinks: AnyArray, lse: Array, delta: Array) -> Array:
+    """What output and log-sum-exp `[B, H, T]` say of a logit without a value."""
+    norm = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+    weights = jnp.exp(sinks.astype(lse.dtype)[:, None] - norm)
+    return -(weights * delta).sum((0, 2)).astype(sinks.dtype)
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:

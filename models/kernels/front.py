@@ -7,10 +7,12 @@ from jax import Array
 
 from ... import InputError
 from .biases import Bias, as_bias
+from .dropout import Dropout
 from .masks import Mask, Sizes
 from .reference import attention_scores, softmax
 from .registry import choose
 from .request import Request, abstract
+from .terms import Terms
 
 
 @overload
@@ -23,6 +25,8 @@ def attention(
     bias: Bias | Array | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Array | None = None,
+    dropout: Dropout | None = None,
     impl: str = "auto",
     return_lse: Literal[False] = False,
 ) -> Array: ...
@@ -38,6 +42,8 @@ def attention(
     bias: Bias | Array | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Array | None = None,
+    dropout: Dropout | None = None,
     impl: str = "auto",
     return_lse: Literal[True],
 ) -> tuple[Array, Array]: ...
@@ -52,23 +58,25 @@ def attention(
     bias: Bias | Array | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Array | None = None,
+    dropout: Dropout | None = None,
     impl: str = "auto",
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Softmax attention of q `[B, T, H, K]` on k and v `[B, S, G, K]`: `[B, T, H, K]` (and lse `[B, H, T]`).
 
     H is a multiple of G; query head h reads key head `h // (H / G)`. Scores are `q·k * scale` (default
-    `K ** -0.5`), plus `bias`, then `soft_cap * tanh(scores / soft_cap)`, then the mask. A query that may see
-    no key gives output 0, lse -inf and zero gradients. Softmax and sums are in float32 (float64 for float64
-    input), the output in the type of q. Everything is differentiable, the bias and lse too.
+    `K ** -0.5`), plus `bias`, then `soft_cap * tanh(scores / soft_cap)`, then the mask. `sinks [H]` are
+    logits that join the softmax's sum and give no value; `dropout` zeroes weights after it, unknown to lse. A
+    query that may see no key gives output 0, lse -inf (or its sink) and zero gradients. Softmax and sums are
+    in float32 (float64 for float64 input), the output in the type of q. Everything is differentiable, the
+    bias, the sinks and lse too.
 
     `impl` is "auto" or a name of `implementations()`; the choice is logged to `modicum.kernels` when traced.
     Raises InputError where shapes do not fit, the name is unknown or the named one cannot do it.
     """
-    bias = as_bias(bias)
-    request = _request(q, k, v, mask, bias, scale, soft_cap)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = choose(request, impl)(q, k, v, mask, bias, scale, soft_cap)
+    terms = _terms(q, k, v, mask, bias, scale, soft_cap, sinks, dropout)
+    out, lse = choose(_request(q, k, v, terms), impl)(q, k, v, terms)
     return (out, lse) if return_lse else out
 
 
@@ -80,30 +88,52 @@ def attention_probabilities(
     bias: Bias | Array | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
-    """The attention pattern `[B, H, T, S]`, at least float32: rows sum to 1, or to 0 where all is masked."""
-    bias = as_bias(bias)
-    _request(q, k, k, mask, bias, scale, soft_cap)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return softmax(attention_scores(q, k, mask, bias, scale, soft_cap))[0]
+    """The attention pattern `[B, H, T, S]`, at least float32: rows sum to 1, or to 0 where all is masked.
+
+    With sinks the rows sum to less than 1.
+    """
+    terms = _terms(q, k, k, mask, bias, scale, soft_cap, sinks, None)
+    return softmax(attention_scores(q, k, terms), terms.sinks)[0]
 
 
-def _request(
-    q: Array, k: Array, v: Array, mask: Mask, bias: Bias | None, scale: float | None, soft_cap: float | None
-) -> Request:
-    """The checked description of the call."""
+def _terms(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    bias: Bias | Array | None,
+    scale: float | None,
+    soft_cap: float | None,
+    sinks: Array | None,
+    dropout: Dropout | None,
+) -> Terms:
+    """What the call asks for, checked; dropout at rate 0 is none."""
     _check_arrays(q, k, v)
     _check_number("scale", scale)
     _check_number("soft_cap", soft_cap)
-    batch, queries, heads, width = q.shape
-    keys, kv_heads = k.shape[1:3]
     if not isinstance(mask, Mask):
         raise InputError(
             f"mask is {type(mask).__name__}; it must be a mask, e.g. Full(), Causal() or Dense(array)"
         )
-    sizes = Sizes(batch, heads, queries, keys)
-    if reason := mask.mismatch(sizes) or (bias.mismatch(sizes) if bias is not None else None):
+    bias = as_bias(bias)
+    sizes = Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    reasons = (
+        mask.mismatch(sizes),
+        bias.mismatch(sizes) if bias is not None else None,
+        _sinks_mismatch(sinks, sizes.heads),
+        dropout.mismatch() if dropout is not None else None,
+    )
+    if reason := next(filter(None, reasons), None):
         raise InputError(f"attention: {reason}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return Terms(mask, bias, scale, soft_cap, sinks, dropout if dropout and dropout.rate else None)
+
+
+def _request(q: Array, k: Array, v: Array, terms: Terms) -> Request:
+    batch, queries, heads, width = q.shape
+    keys, kv_heads = k.shape[1:3]
     return Request(
         platform=jax.default_backend(),
         batch=batch,
@@ -114,9 +144,11 @@ def _request(
         width=width,
         value_width=v.shape[3],
         dtype=q.dtype.name,
-        mask=abstract(mask),
-        bias=abstract(bias),
-        soft_cap=soft_cap is not None,
+        mask=abstract(terms.mask),
+        bias=abstract(terms.bias),
+        soft_cap=terms.soft_cap is not None,
+        sinks=terms.sinks is not None,
+        dropout=0.0 if terms.dropout is None else terms.dropout.rate,
     )
 
 
@@ -145,3 +177,12 @@ def _check_arrays(q: Array, k: Array, v: Array) -> None:
 def _check_number(name: str, value: float | None) -> None:
     if value is not None and (isinstance(value, jax.Array) or not value > 0):
         raise InputError(f"attention: {name} is {value!r}; it must be a positive Python number")
+
+
+def _sinks_mismatch(sinks: Array | None, heads: int) -> str | None:
+    if sinks is None:
+        return None
+    if jax.numpy.shape(sinks) != (heads,) or not jax.numpy.issubdtype(sinks.dtype, jax.numpy.floating):
+        found = f"{sinks.dtype}{list(jax.numpy.shape(sinks))}"
+        return f"sinks are {found}; they must be floating [{heads}], one logit a head"
+    return None

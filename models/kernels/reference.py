@@ -6,9 +6,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .biases import Bias
+from .dropout import Dropout
 from .masks import Mask
 from .request import Request
 from .spans import Span, accumulation_dtype
+from .terms import Terms
+from .trees import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,26 +28,17 @@ class Reference:
         """It is where every choice ends."""
         return None
 
-    def __call__(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        mask: Mask,
-        bias: Bias | None,
-        scale: float,
-        soft_cap: float | None,
-    ) -> tuple[Array, Array]:
+    def __call__(self, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
         """Output `[B, T, H, K]` and log-sum-exp `[B, H, T]`."""
-        probabilities, lse = softmax(attention_scores(q, k, mask, bias, scale, soft_cap))
+        probabilities, lse = softmax(attention_scores(q, k, terms), terms.sinks)
+        if terms.dropout is not None:
+            probabilities = dropped(probabilities, terms.dropout)
         grouped = group_heads(probabilities, k.shape[2]).astype(v.dtype)
         out = jnp.einsum("bgrts,bsgk->btgrk", grouped, v, preferred_element_type=lse.dtype)
         return out.reshape(*q.shape[:3], v.shape[3]).astype(q.dtype), lse
 
 
-def attention_scores(
-    q: Array, k: Array, mask: Mask, bias: Bias | None, scale: float, soft_cap: float | None
-) -> Array:
+def attention_scores(q: Array, k: Array, terms: Terms) -> Array:
     """What the softmax is taken of, at least float32 `[B, H, T, S]`, -inf where masked.
 
     The order is scale, bias, soft cap, mask. Query head h reads key head `h // (H / G)`.
@@ -54,8 +48,8 @@ def attention_scores(
     grouped = q.reshape(batch, queries, groups, heads // groups, width)
     dtype = accumulation_dtype(q.dtype)
     scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, preferred_element_type=dtype)
-    scores = scores.reshape(batch, heads, queries, keys) * scale
-    return masked_scores(scores, mask, bias, soft_cap)
+    scores = scores.reshape(batch, heads, queries, keys) * terms.scale
+    return masked_scores(scores, terms.mask, terms.bias, terms.soft_cap)
 
 
 def masked_scores(scores: Array, mask: Mask, bias: Bias | None, soft_cap: float | None) -> Array:
@@ -68,6 +62,12 @@ def masked_scores(scores: Array, mask: Mask, bias: Bias | None, soft_cap: float 
     return jnp.where(mask.predicate(rows, columns), scores, -jnp.inf)
 
 
+def dropped(probabilities: Array, dropout: Dropout) -> Array:
+    """Probabilities `[B, H, T, S]`, some zero and the others greater."""
+    keep = dropout.keep(*(Span(0, size) for size in probabilities.shape))
+    return jnp.where(keep, probabilities / (1 - dropout.rate), 0)
+
+
 def group_heads(array: Array, groups: int) -> Array:
     """`[B, H, ...]` as `[B, G, H / G, ...]`; a head axis of size 1 broadcasts and becomes two."""
     heads = array.shape[1]
@@ -76,12 +76,18 @@ def group_heads(array: Array, groups: int) -> Array:
     )
 
 
-def softmax(scores: Array) -> tuple[Array, Array]:
-    """Probabilities and log-sum-exp; a row without any key gives 0, -inf and no gradient."""
+def softmax(scores: Array, sinks: AnyArray | None = None) -> tuple[Array, Array]:
+    """Probabilities and log-sum-exp of scores `[B, H, T, S]`; `sinks [H]` join the sum.
+
+    A row without any key gives 0, -inf (or its sink) and no gradient to the scores.
+    """
+    sink = None if sinks is None else sinks[:, None, None].astype(scores.dtype)
     top = lax.stop_gradient(scores.max(-1, keepdims=True))
+    top = top if sink is None else jnp.maximum(top, lax.stop_gradient(sink))
     top = jnp.where(jnp.isfinite(top), top, 0)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
+    total = total if sink is None else total + jnp.exp(sink - top)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))

@@ -8,6 +8,7 @@ from jax import Array
 
 from .biases import Bias
 from .masks import Mask, describe
+from .terms import Terms
 
 T = TypeVar("T", Mask, Bias | None)
 
@@ -31,11 +32,15 @@ class Request:
     mask: Mask
     bias: Bias | None
     soft_cap: bool
+    sinks: bool = False
+    dropout: float = 0.0
 
     def __str__(self) -> str:
         extras = [describe(self.mask)]
         extras += [f"bias {describe(self.bias)}"] if self.bias is not None else []
         extras += ["soft cap"] if self.soft_cap else []
+        extras += ["sinks"] if self.sinks else []
+        extras += [f"dropout {self.dropout:g}"] if self.dropout else []
         shape = (
             f"B={self.batch} T={self.queries} S={self.keys} H={self.heads} G={self.kv_heads} K={self.width}"
         )
@@ -55,17 +60,11 @@ class Implementation(Protocol):
     def unfit(self, request: Request) -> str | None:
         """None, or the reason to look for another one, as long as this one is not asked for by name."""
 
-    def __call__(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        mask: Mask,
-        bias: Bias | None,
-        scale: float,
-        soft_cap: float | None,
-    ) -> tuple[Array, Array]:
-        """Output `[B, T, H, K]` in the type of q and log-sum-exp `[B, H, T]`, both differentiable."""
+    def __call__(self, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
+        """Output `[B, T, H, K]` in the type of q and log-sum-exp `[B, H, T]`, both differentiable.
+
+        The log-sum-exp is at least float32, includes the sinks and knows nothing of dropout.
+        """
 
 
 def abstract(tree: T) -> T:

@@ -17,10 +17,12 @@ from modicum.models.kernels import (
     Causal,
     Dense,
     DenseBias,
+    Dropout,
     Full,
     Lengths,
     Prefix,
     Segments,
+    Terms,
     Window,
     attention,
     attention_probabilities,
@@ -81,14 +83,13 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
-def values_and_gradients(implementation, soft_cap, q, k, v, mask, bias):
-    """Output, log-sum-exp and the gradients of a random function of both."""
+def values_and_gradients(implementation, soft_cap, q, k, v, mask, bias, *more):
+    """Output, log-sum-exp and the gradients of a random function of both; `more` are sinks and dropout."""
 
-    def call(q, k, v, bias):
-        out, lse = implementation(q, k, v, mask, bias, 0.4, soft_cap)
-        return out, lse
+    def call(q, k, v, bias, sinks=None, dropout=None):
+        return implementation(q, k, v, Terms(mask, bias, 0.4, soft_cap, sinks, dropout))
 
-    (out, lse), pull = jax.vjp(call, q, k, v, bias)
+    (out, lse), pull = jax.vjp(call, q, k, v, bias, *more)
     keys = jax.random.split(jax.random.key(0))
     cotangents = jax.random.normal(keys[0], out.shape), jax.random.normal(keys[1], lse.shape)
     return out, lse, pull(tuple(c.astype(x.dtype) for c, x in zip(cotangents, (out, lse))))
@@ -169,6 +170,53 @@ def test_chunked_is_the_reference_on_random_masks(x64, random_masks, examples):
     check()
 
 
+DROPOUT = Dropout(0.3, np.uint32(7))
+
+
+@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["", "dropout"])
+@pytest.mark.parametrize("sinks", [None, np.array([0.5, -1, 3, -np.inf])], ids=["", "sinks"])
+def test_chunked_has_sinks_and_dropout(x64, sinks, dropout):
+    shape = RAGGED
+    given = (*arrays(*shape, 2), masks(*shape)["segments"], biases(*shape)["bucketed"], sinks, dropout)
+    wanted = values_and_gradients(Reference(), 2.0, *given)
+    assert_same(values_and_gradients(CHUNKED, 2.0, *given), wanted, 1e-10, 1e-10)
+
+
+def test_a_sink_is_a_key_without_a_value(x64):
+    q, k, v = arrays(*RAGGED, H)
+    sinks = jnp.array([0.5, -1, 3, 0])
+    more = lambda x: jnp.concatenate([jnp.zeros((B, 1, H, K)), x], 1)  # noqa: E731
+    bias = jnp.concatenate(
+        [jnp.broadcast_to(sinks[:, None, None], (1, H, RAGGED[0], 1)), jnp.zeros((1, H, *RAGGED))], -1
+    )
+    found = Reference()(q, k, v, Terms(Full(), None, 0.4, sinks=sinks))
+    wanted = Reference()(q, more(k), more(v), Terms(Full(), DenseBias(bias), 0.4))
+    for a, b in zip(found, wanted):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", [Reference(), CHUNKED], ids=lambda i: i.name)
+def test_a_query_without_keys_has_its_sink(x64, implementation):
+    sinks = np.array([0.5, -1, 3, 0])
+    mask = Lengths(np.array([0, 29]))
+    out, lse, (dq, dk, dv, _, d_sinks) = values_and_gradients(
+        implementation, None, *arrays(*RAGGED, 2), mask, None, sinks
+    )
+    assert (out[0] == 0).all() and (lse[0] == sinks[:, None]).all()
+    assert all((x[0] == 0).all() and jnp.isfinite(x).all() for x in (dq, dk, dv))
+    assert (d_sinks != 0).all()
+
+
+def test_dropout_multiplies_the_weights(x64):
+    q, k, v = arrays(*RAGGED, H)
+    pattern = attention_probabilities(q, k, mask=Causal(), scale=0.4)
+    keep = DROPOUT.keep(*(Span(0, n) for n in pattern.shape)) / 0.7
+    out, lse = attention(q, k, v, mask=Causal(), scale=0.4, dropout=DROPOUT, impl="chunked", return_lse=True)
+    np.testing.assert_allclose(out, jnp.einsum("bhts,bshk->bthk", pattern * keep, v), atol=1e-12)
+    plain = attention(q, k, v, mask=Causal(), scale=0.4, impl="reference", return_lse=True)[1]
+    np.testing.assert_allclose(lse, plain, atol=1e-12)
+
+
 def test_reference_is_the_definition(x64):
     q, k, v = (np.asarray(x) for x in arrays(*RAGGED, 2))
     mask, bias = masks(*RAGGED)["tree"], biases(*RAGGED)["dense"]
@@ -191,7 +239,7 @@ def test_gradients_of_the_reference_are_those_of_differences(x64):
 
     @jax.jit
     def call(q, k, v, table):
-        return Reference()(q, k, v, Causal(1), Bucketed(table, max_distance=16), 0.4, 2.0)
+        return Reference()(q, k, v, Terms(Causal(1), Bucketed(table, max_distance=16), 0.4, 2.0))
 
     check_grads(call, (q, k, v, table), order=1, modes=("rev",), eps=1e-6)
 
@@ -226,12 +274,12 @@ def test_the_log_sum_exp_merges_two_halves_of_the_keys(x64):
     chunked = Chunked(block=8)
 
     def halves(q, k, v):
-        first, a = chunked(q, k[:, :16], v[:, :16], Causal(), None, 0.4, None)
-        second, b = chunked(q, k[:, 16:], v[:, 16:], Causal(-16), None, 0.4, None)
+        first, a = chunked(q, k[:, :16], v[:, :16], Terms(Causal(), scale=0.4))
+        second, b = chunked(q, k[:, 16:], v[:, 16:], Terms(Causal(-16), scale=0.4))
         weight = jax.nn.sigmoid(a - b).swapaxes(1, 2)[..., None]
         return weight * first + (1 - weight) * second
 
-    whole = lambda q, k, v: chunked(q, k, v, Causal(), None, 0.4, None)[0]  # noqa: E731
+    whole = lambda q, k, v: chunked(q, k, v, Terms(Causal(), scale=0.4))[0]  # noqa: E731
     found, pull = jax.vjp(jax.jit(halves), q, k, v)
     wanted, pull_wanted = jax.vjp(jax.jit(whole), q, k, v)
     np.testing.assert_allclose(found, wanted, atol=1e-12)
@@ -268,7 +316,7 @@ def test_batch_and_heads_may_be_sharded_without_gathering(x64):
     chunked = Chunked(block=8)
 
     def loss(q, k, v):
-        return (chunked(q, k, v, Causal(), None, 0.4, None)[0] ** 2).sum()
+        return (chunked(q, k, v, Terms(Causal(), scale=0.4))[0] ** 2).sum()
 
     step = jax.jit(jax.grad(loss, (0, 1, 2)), in_shardings=place, out_shardings=place)
     text = step.lower(q, k, v).compile().as_text()
@@ -285,7 +333,7 @@ def test_shard_map_sums_the_gradient_of_what_all_devices_share(x64):
 
     def loss(q, k, v, segments, table):
         bias = Bucketed(table, max_distance=16)
-        return (Chunked(block=8)(q, k, v, Causal() & segments, bias, 0.4, None)[0] ** 2).sum()
+        return (Chunked(block=8)(q, k, v, Terms(Causal() & segments, bias, 0.4))[0] ** 2).sum()
 
     heads = PartitionSpec("data", None, "tensor")
     sharded = jax.shard_map(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modicum import InputError
-from modicum.models.kernels import Causal, Full, Keys, Queries, Relations, Segments, attention
+from modicum.models.kernels import Causal, Full, Keys, Queries, Relations, Segments, Terms, attention
 from modicum.models.kernels.blocks import FULL, PARTIAL, SKIP, Grid, dynamic_blocks
 from modicum.models.kernels.chunked import Chunked
 from modicum.models.kernels.masks import describe
@@ -112,7 +112,7 @@ def test_attention_and_gradients_are_those_of_the_dense_arrays(x64, implementati
     (mask, allowed), bias = cpm_mask(*shape), relations(*shape, groups)
 
     def call(table):
-        return implementation(q, k, v, mask, replace(bias, table=table), 0.4, None)[0]
+        return implementation(q, k, v, Terms(mask, replace(bias, table=table), 0.4))[0]
 
     out, pull = jax.vjp(jax.jit(call), jnp.asarray(bias.table))
     scores = np.einsum("bthk,bshk->bhts", q, k) * 0.4 + dense(bias, *shape)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from modicum import InputError
-from modicum.models.kernels import Causal, Full, attention, implementations, registry
+from modicum.models.kernels import Causal, Dropout, Full, attention, implementations, registry
 from modicum.models.kernels.request import Request
 
 Q, KV = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 7, 2, 8))
@@ -45,6 +45,12 @@ def test_shapes_and_types_that_do_not_fit_are_named(q, k, v, message):
 def test_numbers_are_positive_and_static(option):
     with pytest.raises(InputError, match=f"{next(iter(option))} is .*positive Python number"):
         attention(Q, KV, KV, mask=Full(), **option)
+
+
+@pytest.mark.parametrize("sinks", [jnp.zeros(2), jnp.zeros((4, 1)), jnp.zeros(4, int)], ids=str)
+def test_a_sink_is_a_logit_a_head(sinks):
+    with pytest.raises(InputError, match=r"sinks are .*they must be floating \[4\]"):
+        attention(Q, KV, KV, mask=Full(), sinks=sinks)
 
 
 def test_unknown_implementation_lists_the_valid_ones():
@@ -86,6 +92,12 @@ def test_a_single_query_takes_the_plain_softmax_unless_tiles_are_asked_for(log):
         (129, {}, "Full: chunked; not whole: it keeps the probabilities, which is for lengths up to 128"),
         (5, {"soft_cap": 2.0}, "soft cap: chunked; not whole: it has no bias and no soft cap"),
         (5, {"bias": jnp.zeros((1, 1, 5, 5))}, "chunked; not whole: it has no bias and no soft cap"),
+        (5, {"sinks": jnp.zeros(1)}, "Full, sinks: chunked; not whole: it has no sinks and no dropout"),
+        (
+            5,
+            {"dropout": Dropout(0.1, np.uint32(0))},
+            "Full, dropout 0.1: chunked; not whole: it has no sinks",
+        ),
     ],
     ids=str,
 )

@@ -1,0 +1,31 @@
+"""What an attention is made of besides q, k and v: one tree that every implementation takes."""
+
+import dataclasses
+
+from .biases import Bias
+from .dropout import Dropout
+from .masks import Mask
+from .trees import AnyArray, structural
+
+
+@structural
+class Terms:
+    """The order is scale, bias, soft cap, mask, sink, softmax, dropout.
+
+    `sinks [H]` are logits that join the softmax's sum and give no value: the weights of a row sum to less
+    than 1, and the log-sum-exp includes the sink (Xiao et al. 2024, "Efficient streaming language models
+    with attention sinks"; learned ones as in gpt-oss). Neither bias nor soft cap touches them. `scale` and
+    `soft_cap` are static; everything else is a subtree.
+    """
+
+    mask: Mask
+    bias: Bias | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+    sinks: AnyArray | None = None
+    dropout: Dropout | None = None
+
+    def extended(self, queries: int, keys: int) -> "Terms":
+        """With arrays padded to `queries` and `keys` positions, whatever is allowed there."""
+        bias = None if self.bias is None else self.bias.extended(queries, keys)
+        return dataclasses.replace(self, mask=self.mask.extended(queries, keys), bias=bias)
