@@ -12,6 +12,7 @@ from .cache import Store
 from .config import TransformerConfig
 from .hooks import Hook
 from .kernels import Bias, Mask
+from .tables import take_token
 
 
 @struct.dataclass
@@ -35,8 +36,9 @@ class Context:
 class Block(nn.Module):
     """Self-attention, cross-attention where there is a memory, and a feed-forward layer.
 
-    Hooks `middle` and `residual` see the stream after attention and at the end, `[B, T, D]`. Returns
-    `(x, None)`, the carry and output of a scan's body, so that one class serves unrolled and scanned.
+    Hooks `middle` and `residual` see the stream after attention and at the end, `[B, T, D]`. With `read [B]`,
+    one token of each row, the mlp and what follows get that token alone. Returns `(x, None)`, the carry and
+    output of a scan's body, so that one class serves unrolled and scanned.
     """
 
     config: TransformerConfig
@@ -44,7 +46,9 @@ class Block(nn.Module):
     cross: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, context: Context, read: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
         config = self.config
         attention, mlp = config.layer(self.index)
         if not config.lacks(self.index, "attention"):
@@ -52,6 +56,8 @@ class Block(nn.Module):
         if self.cross:
             x = self._cross_attention(attention.build(config, cross=True), x, context)
         x = Hook(name="middle")(x)
+        if read is not None:
+            x = take_token(x, read)
         if not config.lacks(self.index, "mlp"):
             feed_forward = mlp.build(config)
             norm = self._norm("mlp_norm")
@@ -92,18 +98,27 @@ class Period(nn.Module):
         return x, None
 
 
-def apply_layers(config: TransformerConfig, x: jax.Array, context: Context, cross: bool = False) -> jax.Array:
+def apply_layers(
+    config: TransformerConfig,
+    x: jax.Array,
+    context: Context,
+    cross: bool = False,
+    read: jax.Array | None = None,
+) -> jax.Array:
     """Run the stack inside the calling module's compact method.
 
     Unrolled, the layers are its children `layers_0`, `layers_1`, ...; scanned, they are one child
     `layers` whose parameters have a leading axis over layers (over periods, with the layers of a period
-    called `layer_0`, ..., where the configuration has a pattern).
+    called `layer_0`, ..., where the configuration has a pattern). `read [B]`: of the unrolled stack's output
+    only these tokens are needed, `[B, 1, D]`.
     """
     if config.scan:
         return _scanned(config, cross)(x, context)[0]
     block = _remat(Block, config)
-    for index in range(config.depth_of_decoder if cross else config.layers):
-        x, _ = block(config, index % config.period, cross, name=f"layers_{index}")(x, context)
+    layers = config.depth_of_decoder if cross else config.layers
+    for index in range(layers):
+        needed = read if index == layers - 1 else None
+        x, _ = block(config, index % config.period, cross, name=f"layers_{index}")(x, context, needed)
     return x
 
 

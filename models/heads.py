@@ -15,6 +15,7 @@ from .losses import MASKED_LOGIT
 from .mlp import activate, activation_function
 from .precision import promote_statistics
 from .products import dense_product
+from .tables import take_token
 
 POOLINGS = ("last", "first", "mean")
 
@@ -61,11 +62,15 @@ class ClassifierHead:
     """Logits `[B, labels]` from one vector per sequence: its last or first real token, or their mean.
 
     `pooler` names an activation: the vector first passes a dense layer and this (BERT's and RoBERTa's tanh).
+    `narrow`: the last layer's mlp, its hook `residual` and the final norm get the pooled token alone,
+    `[B, 1, D]`. The logits are the same, as these look at each token by itself; for unrolled encoders and
+    decoders.
     """
 
     labels: int
     pooling: Literal["last", "first", "mean"] = "last"
     pooler: str = ""
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
@@ -74,9 +79,25 @@ class ClassifierHead:
             raise InputError(f"a classifier needs at least 1 label, not {self.labels}")
         if self.pooler:
             activation_function(self.pooler)
+        if self.narrow and self.pooling == "mean":
+            raise InputError(
+                "a classifier with pooling='mean' reads every token; narrow=True is for the others"
+            )
+
+    def read(self, shape: tuple[int, ...], segments: jax.Array | None) -> jax.Array | None:
+        """Which token is all that is read of each row, int32 `[B]` for `shape [B, T, ...]`; None: any."""
+        return pooled_token(shape, segments, self.pooling) if self.narrow else None
 
     def build(self, config: TransformerConfig) -> nn.Module:
-        """The module; it has `classifier/kernel` `[D, labels]`, a bias and, if chosen, a child `pooler`."""
+        """The module; it has `classifier/kernel` `[D, labels]`, a bias and, if chosen, a child `pooler`.
+
+        Raises `InputError` for `narrow` where the last layer cannot be told from the others.
+        """
+        if self.narrow and (config.scan or config.kind == "encoder-decoder"):
+            kind = "scanned layers" if config.scan else "an encoder-decoder"
+            raise InputError(
+                f"a classifier with narrow=True is for unrolled encoders and decoders, not {kind}"
+            )
         return ClassifierModule(config, self, name="classifier")
 
 
@@ -178,12 +199,21 @@ def affine(head: nn.Module, config: TransformerConfig, x: jax.Array, features: i
 
 def pool(hidden: jax.Array, segments: jax.Array | None, pooling: str) -> jax.Array:
     """One vector `[B, D]` per row of `hidden [B, T, D]`; `segments [B, T]` is 0 at padding."""
-    real = jnp.ones(hidden.shape[:2], bool) if segments is None else segments > 0
     if pooling == "mean":
+        real = _real(hidden.shape, segments)
         wide = promote_statistics(hidden)
         weights = real.astype(wide.dtype)
         total, count = jnp.einsum("btd,bt->bd", wide, weights), jnp.maximum(weights.sum(-1), 1)
         return (total / count[:, None]).astype(hidden.dtype)
-    steps = jnp.arange(hidden.shape[1])
-    index = jnp.where(real, steps, -1).max(-1) if pooling == "last" else jnp.argmax(real, -1)
-    return jnp.take_along_axis(hidden, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
+    return take_token(hidden, pooled_token(hidden.shape, segments, pooling))[:, 0]
+
+
+def pooled_token(shape: tuple[int, ...], segments: jax.Array | None, pooling: str) -> jax.Array:
+    """The last or first real token of each row of a batch of `shape [B, T, ...]`, int32 `[B]`."""
+    real = _real(shape, segments)
+    index = jnp.where(real, jnp.arange(shape[1]), -1).max(-1) if pooling == "last" else jnp.argmax(real, -1)
+    return jnp.maximum(index, 0)
+
+
+def _real(shape: tuple[int, ...], segments: jax.Array | None) -> jax.Array:
+    return jnp.ones(shape[:2], bool) if segments is None else segments > 0

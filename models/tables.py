@@ -15,3 +15,8 @@ def look_up(
     """Rows `[..., D]` of the parameter `table` `shape [rows, D]` of a module, in the arithmetic's type."""
     table = module.param("table", nn.initializers.normal(std), shape, jnp.dtype(precision.param))
     return jnp.take(table.astype(precision.compute), indices, axis=0)
+
+
+def take_token(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Token `index [B]` of each row of `x [B, T, D]`, as `[B, 1, D]`."""
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)

@@ -22,7 +22,7 @@ from .block import apply_layers
 from .cache import COLLECTION, Cache
 from .config import TransformerConfig
 from .embedding import Embedding, embed
-from .heads import Head, LanguageModelHead
+from .heads import ClassifierHead, Head, LanguageModelHead
 from .kernels import Mask, Segments
 from .model import LinenModel, Params
 from .place import Place
@@ -99,8 +99,9 @@ class SingleStack(nn.Module):
         place = Place.of(config.kind != "encoder", tokens, segments, positions, mask, cache)
         x = embed(config, embedding, tokens, place.positions, token_types, train)
         context = place.context(config, train)
-        hidden = finish(config, apply_layers(config, x, context))
-        if last:
+        read = self.head.read(x.shape, segments) if isinstance(self.head, ClassifierHead) else None
+        hidden = finish(config, apply_layers(config, x, context, read=read))
+        if last or read is not None:
             hidden, segments = hidden[:, -1:], None
         more = {} if extra is None else {"extra": extra}
         if self.head is not None:

@@ -25,6 +25,7 @@ LABELS = {
     "eager": "PyTorch eager",
     "compiled": "torch.compile",
     "ours-tuning": "Modicum",
+    "ours-tuning-wide": "Modicum, last mlp of every token",
     "peft": "PyTorch + PEFT",
     "peft-compiled": "PyTorch + PEFT, compiled",
 }

@@ -23,7 +23,8 @@ from ...research.data.sources import load_source
 from .training import Measurements, Report, check, measure_steps
 from .tuning_job import TuningJob, TuningMethod
 
-ContenderName = Literal["ours-tuning", "peft", "peft-compiled"]
+ContenderName = Literal["ours-tuning", "ours-tuning-wide", "peft", "peft-compiled"]
+OURS = ("ours-tuning", "ours-tuning-wide")
 BATCHES = 8  # taken in turn
 CLOSE = 1e-4  # of the first steps' losses
 
@@ -119,5 +120,5 @@ def greatest_gap(seen: Measurements) -> float:
 def require_peers(contenders: Sequence[str]) -> None:
     """Raise `InputError` where a contender needs PEFT and it is not installed."""
     missing = [name for name in ("torch", "peft", "transformers") if importlib.util.find_spec(name) is None]
-    if missing and set(contenders) - {"ours-tuning"}:
+    if missing and set(contenders) - set(OURS):
         raise InputError(f"{missing[0]} is not installed; pip install 'modicum[peers]'")

@@ -25,16 +25,19 @@ HEAD = {"classifier/kernel": Full(), "classifier/bias": Full()}
 
 
 class OurTuning:
-    """A train state and the compiled step, its state donated, as the training loop runs it."""
+    """A train state and the compiled step, its state donated, as the training loop runs it.
 
-    def __init__(self, job: TuningJob) -> None:
+    `narrow`: the last mlp computes the token that the classifier reads, as in `modicum tune`.
+    """
+
+    def __init__(self, job: TuningJob, narrow: bool = True) -> None:
         self.versions = f"jax {jax.__version__}"
         self.batches = itertools.cycle(
             {"tokens": jnp.asarray(x), "label": jnp.asarray(y), "weight": jnp.ones(y.shape, jnp.float32)}
             for x, y in job.batches()
         )
         self.job, optimizer = job, make_optimizer(adamw(job), steps=1)
-        model, params = load_classifier(job)
+        model, params = load_classifier(job, narrow)
         trainable, self.frozen, self.loss = self._prepared(model, params)
         self.state: TrainState = create_state(trainable, optimizer)
         self.step = jax.jit(make_train_step(self.loss, optimizer), donate_argnums=0)
@@ -74,11 +77,11 @@ def specification(job: TuningJob) -> Spec:
     return {"": BitFit(), "classifier/kernel": Full()}
 
 
-def load_classifier(job: TuningJob) -> tuple[Transformer, Any]:
+def load_classifier(job: TuningJob, narrow: bool) -> tuple[Transformer, Any]:
     """The checkpoint's body and pooler under the job's classifier, without dropout."""
     loaded = load_pretrained(job.checkpoint)
     config = replace(loaded.model.config, dropout=0.0)
-    model = Transformer(config, ClassifierHead(LABELS, "first", pooler="tanh"))
+    model = Transformer(config, ClassifierHead(LABELS, "first", pooler="tanh", narrow=narrow))
     body = {**loaded.params}
     head = {"pooler": body.pop("pooler"), "kernel": jnp.asarray(job.classifier()), "bias": jnp.zeros(LABELS)}
     return model, {**body, "classifier": head}

@@ -82,10 +82,10 @@ def make_contender(name: str, job: str) -> Contender:
             from .torch_training import TorchTraining
 
             return TorchTraining(DecoderJob.from_json(job), compiled=name == "compiled")
-        case "ours-tuning":
+        case "ours-tuning" | "ours-tuning-wide":
             from .tuning_ours import OurTuning
 
-            return OurTuning(TuningJob.from_json(job))
+            return OurTuning(TuningJob.from_json(job), narrow=name == "ours-tuning")
         case "peft" | "peft-compiled":
             from .tuning_torch import TorchTuning
 

@@ -137,8 +137,11 @@ class TuneBench:
     """Turns of each contender."""
     steps: int = 3
     """Train steps of one turn."""
-    contenders: tuple[Literal["ours-tuning", "peft", "peft-compiled"], ...] = ("ours-tuning", "peft")
-    """Who takes part; under torch.compile PEFT needs a C++ compiler."""
+    contenders: tuple[Literal["ours-tuning", "ours-tuning-wide", "peft", "peft-compiled"], ...] = (
+        *("ours-tuning", "ours-tuning-wide", "peft"),
+    )
+    """Who takes part; ours as `modicum tune` computes, the last mlp for the token alone that the classifier
+    reads, and for every token, as PEFT does. Under torch.compile PEFT needs a C++ compiler."""
     threads: int = 0
     """Processors for each contender; 0: all."""
     checkpoint: Path | None = None

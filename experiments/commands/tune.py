@@ -218,7 +218,8 @@ class Tune:
         notes: dict[str, Any] = {"kind": reading.kind, "reading": asdict(reading)}
         if prepared.labels is not None:
             pooling = self._pooling(speaker)
-            head = ClassifierHead(len(prepared.labels), pooling)
+            alone = not model.config.scan and model.config.kind != "encoder-decoder"
+            head = ClassifierHead(len(prepared.labels), pooling, narrow=alone and pooling != "mean")
             model, params = with_classifier(TrainedModel(model, params), head, seed)
             notes |= {"labels": list(prepared.labels), "pooling": pooling}
         else:

@@ -19,6 +19,7 @@ from modicum.models import (
 )
 from modicum.models.heads import MASKED_LOGIT, pool
 from modicum.models.losses import weighted_cross_entropy
+from modicum.models.residuals import PostNorm, PreNorm
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -88,6 +89,38 @@ def test_classifier_is_linear_in_the_pooled_state(random_parameters, x64):
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind, pooling", [("decoder", "last"), ("encoder", "first")])
+def test_a_narrow_classifier_computes_the_same_with_less(kind, pooling, random_parameters, x64):
+    """Padding in front, so that neither the first nor the last token is at the edge of every row."""
+    residual = PostNorm() if kind == "encoder" else PreNorm()
+    config = replace(CONFIG, kind=kind, layers=2, residual=residual, mlp=MLP(64))
+    segments = np.asarray([[0, 1, 1, 1], [0, 0, 1, 0]])
+    params = random_parameters(Transformer(config, ClassifierHead(3)), TOKENS)
+
+    def run(narrow):
+        model = Transformer(config, ClassifierHead(3, pooling, narrow=narrow))
+
+        def loss(params):
+            return jnp.sin(model.apply(params, TOKENS, segments=segments)).sum()
+
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        return compiled(params), compiled.cost_analysis()["flops"]
+
+    (wide, all_of_it), (narrow, less) = run(False), run(True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), wide, narrow)
+    assert less < 0.75 * all_of_it
+
+
+@pytest.mark.parametrize(
+    "change, message", [({"scan": True}, "not scanned layers"), ({"kind": "encoder-decoder"}, "not an enc")]
+)
+def test_a_narrow_classifier_needs_a_last_layer_of_its_own(change, message, x64):
+    model = Transformer(replace(CONFIG, **change), ClassifierHead(3, narrow=True))
+    more = {"decoder_tokens": TOKENS} if "kind" in change else {}
+    with pytest.raises(InputError, match=message):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS, **more))
+
+
 def test_pooling_without_segments_takes_every_token_and_with_padding_on_the_left_skips_it():
     hidden = jnp.arange(8.0).reshape(1, 8, 1)
     left = jnp.asarray([[0, 0, 0, 1, 1, 1, 0, 0]])
@@ -116,7 +149,11 @@ def test_an_encoder_decoder_classifies_the_decoders_states(random_parameters, x6
 
 @pytest.mark.parametrize(
     "choice, message",
-    [({"labels": 0}, "at least 1 label, not 0"), ({"labels": 2, "pooling": "max"}, "pooling='max'")],
+    [
+        ({"labels": 0}, "at least 1 label, not 0"),
+        ({"labels": 2, "pooling": "max"}, "pooling='max'"),
+        ({"labels": 2, "pooling": "mean", "narrow": True}, "narrow"),
+    ],
 )
 def test_impossible_classifiers_are_errors(choice, message):
     with pytest.raises(InputError, match=message):
