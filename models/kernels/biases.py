@@ -4,6 +4,7 @@ A bias computes one tile of `[B, H, T, S]` for given query and key indices and c
 tile to that of its own arrays, so the whole matrix never exists where the kernel works by tiles.
 """
 
+import dataclasses
 from typing import TypeVar
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from ... import InputError
-from .masks import Sizes, broadcast_mismatch
+from .masks import Sizes, broadcast_mismatch, per_batch
 from .spans import Span, pad, relative
 from .trees import AnyArray, structural
 
@@ -43,6 +44,10 @@ class Bias:
         """This bias with its arrays padded to `queries` and `keys` positions."""
         return self
 
+    def cut(self, rows: Span, columns: Span) -> "Bias":
+        """The bias of these queries and keys alone, counted from 0."""
+        raise NotImplementedError
+
 
 @structural
 class Dense(Bias):
@@ -71,13 +76,18 @@ class Dense(Bias):
         """Zeros beyond."""
         return Dense(pad(pad(self.values, 2, queries), 3, keys))
 
+    def cut(self, rows: Span, columns: Span) -> "Dense":
+        """The part of the array."""
+        return Dense(self.tile(rows, columns))
+
 
 @structural
 class Bucketed(Bias):
     """T5's relative position bias: `table[bucket(j - i), head]`, `table` being `[buckets, H]`.
 
     Distances up to a half of a side's buckets have one each, larger ones share logarithmically spaced
-    buckets up to `max_distance` and beyond. `offset` is added to the query index (see `Causal`).
+    buckets up to `max_distance` and beyond. `offset` is added to the query index (see `Causal`); for
+    `decode_attention` it may be `[B]`, one a row.
     Raffel et al. 2020 §2.1; `_relative_position_bucket` of google-research/text-to-text-transfer-transformer
     (mesh_tensorflow/transformer/transformer_layers.py).
     """
@@ -89,12 +99,14 @@ class Bucketed(Bias):
 
     def tile(self, rows: Span, columns: Span) -> Array:
         """A Toeplitz matrix a head, spread from its `t + s - 1` distinct values, `[1, H, t, s]`."""
-        first = columns.start - rows.start - self.offset
+        offset = jnp.expand_dims(self.offset, -1) if jnp.ndim(self.offset) else self.offset
+        first = columns.start - rows.start - offset
         # distance d >= 0 stands at index d, d < 0 at t + s + d, as `_toeplitz` reads them
         order = jnp.arange(rows.size + columns.size)
         distance = jnp.asarray(first + jnp.where(order < columns.size, order, order - order.size))
-        values = jnp.asarray(self.table)[self.bucket(distance)]
-        return _toeplitz(values.T, rows.size, columns.size)[None]
+        values = jnp.swapaxes(jnp.asarray(self.table)[self.bucket(distance)], -1, -2)
+        tile = _toeplitz(values, rows.size, columns.size)
+        return tile if jnp.ndim(self.offset) else tile[None]
 
     def bucket(self, distance: Array) -> Array:
         """The row of the table for each key-minus-query distance, int32 of the same shape."""
@@ -116,13 +128,18 @@ class Bucketed(Bias):
             return f"Bucketed.max_distance is {self.max_distance}; it must exceed {shape[0] // sides // 2}"
         return _offset_mismatch(self)
 
+    def cut(self, rows: Span, columns: Span) -> "Bucketed":
+        """The diagonals moved."""
+        return dataclasses.replace(self, offset=self.offset + rows.start - columns.start)
+
 
 @structural
 class ALiBi(Bias):
     """Linear biases `-slopes[h] * |j - i|`, `slopes` being `[H]`.
 
     Press et al. 2022, "Train short, test long"; on the causal side it is the paper's formula, to the right
-    its mirror image, as bidirectional encoders use it. `offset` is added to the query index.
+    its mirror image, as bidirectional encoders use it. `offset` is added to the query index, for
+    `decode_attention` perhaps one a row, `[B]`.
     """
 
     slopes: AnyArray
@@ -130,14 +147,19 @@ class ALiBi(Bias):
 
     def tile(self, rows: Span, columns: Span) -> Array:
         """Distance times slope, `[1, H, t, s]`."""
-        distance = jnp.abs(relative(rows, columns) - self.offset).astype(self.slopes.dtype)
-        return (-jnp.asarray(self.slopes)[:, None, None] * distance)[None]
+        distance = jnp.abs(relative(rows, columns) - per_batch(self.offset)).astype(self.slopes.dtype)
+        tile = -jnp.asarray(self.slopes)[:, None, None] * distance
+        return tile if jnp.ndim(self.offset) else tile[None]
 
     def mismatch(self, sizes: Sizes) -> str | None:
         """A slope a head."""
         if jnp.shape(self.slopes) != (sizes.heads,):
             return f"ALiBi.slopes has shape {list(jnp.shape(self.slopes))}; it must be [{sizes.heads}]"
         return _offset_mismatch(self)
+
+    def cut(self, rows: Span, columns: Span) -> "ALiBi":
+        """The diagonals moved."""
+        return ALiBi(self.slopes, self.offset + rows.start - columns.start)
 
 
 def distance_buckets(count: int, max_distance: int) -> np.ndarray:

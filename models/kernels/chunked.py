@@ -110,18 +110,20 @@ def _forward(grid: Grid, q: Array, k: Array, v: Array, terms: Terms) -> tuple[tu
 
     zeros = jnp.zeros((batch, groups, heads // groups, queries), dtype)
     start = (jnp.zeros((batch, queries, heads, v.shape[3]), dtype), zeros - jnp.inf, zeros)
-    out, top, total = _over_tiles(grid, terms.mask, visit, vary(start, varying_axes(q)))
+    out, top, total = over_tiles(grid, terms.mask, visit, vary(start, varying_axes(q)))
     if terms.sinks is not None:
         out, top, total = _with_sinks(terms.sinks, out, top, total)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total)).reshape(batch, heads, queries)
     inverse = (1 / total).reshape(batch, heads, queries).swapaxes(1, 2)[..., None]
-    out = (out * inverse).astype(q.dtype)
-    return (out, lse), (q, k, v, terms, out, lse)
+    out = out * inverse
+    return (out.astype(q.dtype), lse), (q, k, v, terms, out, lse)
 
 
 def _backward(grid: Grid, residuals: Residuals, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    # `out` before rounding: in half precision its error would enter every score of a row with one sign, and
+    # sums over rows, such as the gradient of ALiBi's slopes, would err 13 times as much as the plain softmax
     q, k, v, terms, out, lse = residuals
     (d_out, d_lse), groups = cotangents, k.shape[2]
     delta = _product("bthk,bthk->bht", out, d_out) - d_lse
@@ -156,7 +158,7 @@ def _backward(grid: Grid, residuals: Residuals, cotangents: tuple[Array, Array])
     zeros = functools.partial(jnp.zeros, dtype=lse.dtype)
     d_bias = jax.tree.map(lambda x: zeros(x.shape), terms.bias)
     start = (zeros(q.shape), *(zeros((*x.shape[::2], x.shape[3], x.shape[1])) for x in (k, v)), d_bias)
-    dq, dk, dv, d_bias = _over_tiles(grid, terms.mask, visit, vary(start, varying_axes(q)))
+    dq, dk, dv, d_bias = over_tiles(grid, terms.mask, visit, vary(start, varying_axes(q)))
     dk, dv = (x.transpose(0, 3, 1, 2) for x in (dk, dv))
     d_bias = jax.tree.map(_cotangent, d_bias, terms.bias)
     d_terms = dataclasses.replace(terms, mask=None, bias=d_bias, sinks=d_sinks, dropout=None)
@@ -166,7 +168,7 @@ def _backward(grid: Grid, residuals: Residuals, cotangents: tuple[Array, Array])
 _attend.defvjp(_forward, _backward)
 
 
-def _over_tiles(grid: Grid, mask: Mask, visit: Callable[[Carry, Tile], Carry], carry: Carry) -> Carry:
+def over_tiles(grid: Grid, mask: Mask, visit: Callable[[Carry, Tile], Carry], carry: Carry) -> Carry:
     """Fold `visit` over the tiles with allowed pairs: those wholly allowed first, which need no mask.
 
     Tiles that the structure of the mask rules out are never in the loop; those that its arrays rule out are

@@ -5,6 +5,8 @@ mask must follow from the indices alone. Two hashes, one a row and one a column 
 mixed for each pair; nothing but 32-bit xor, shift and multiplication, which all backends have.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -55,6 +57,10 @@ class Dropout:
         of_column = _mix(plane + _unsigned(column + self.key) * jnp.uint32(0x27D4EB2F))
         bits = _mix(of_row ^ of_column)
         return (bits >> jnp.uint32(8)).astype(jnp.int32) >= round(self.rate * _RESOLUTION)
+
+    def cut(self, rows: Span, columns: Span) -> "Dropout":
+        """The dropout of these queries and keys alone, counted from 0."""
+        return dataclasses.replace(self, query=self.query + rows.start, key=self.key + columns.start)
 
     def mismatch(self) -> str | None:
         """Why the arrays are not of the form they must have, or None."""

@@ -30,6 +30,10 @@ class Keys(Mask):
         """Nothing more is flagged."""
         return Keys(pad(self.flags, 1, keys))
 
+    def cut(self, rows: Span, columns: Span) -> "Keys":
+        """The flags of the columns."""
+        return Keys(columns.cut(self.flags, 1))
+
 
 @structural
 class Queries(Mask):
@@ -48,6 +52,10 @@ class Queries(Mask):
     def extended(self, queries: int, keys: int) -> "Queries":
         """Nothing more is flagged."""
         return Queries(pad(self.flags, 1, queries))
+
+    def cut(self, rows: Span, columns: Span) -> "Queries":
+        """The flags of the rows."""
+        return Queries(rows.cut(self.flags, 1))
 
 
 def _flags_mismatch(name: str, flags: AnyArray, batch: int, length: int) -> str | None:

@@ -41,6 +41,10 @@ class Mask:
         """This mask with its arrays padded to `queries` and `keys` positions, whatever is allowed there."""
         return self
 
+    def cut(self, rows: Span, columns: Span) -> "Mask":
+        """The mask of these queries and keys alone, counted from 0: a part of attention is one by itself."""
+        raise NotImplementedError
+
     def __and__(self, other: "Mask") -> "Mask":
         return And((*_parts(self, And), *_parts(other, And)))
 
@@ -58,6 +62,10 @@ class Full(Mask):
     def predicate(self, rows: Span, columns: Span) -> Array:
         """All true, `[1, 1, t, s]`."""
         return jnp.ones((1, 1, rows.size, columns.size), bool)
+
+    def cut(self, rows: Span, columns: Span) -> "Full":
+        """Itself."""
+        return self
 
 
 @structural
@@ -77,6 +85,10 @@ class Causal(Mask):
     def mismatch(self, sizes: Sizes) -> str | None:
         """The offset is a scalar or one number a batch row."""
         return _vector_mismatch("Causal.offset", self.offset, sizes.batch, scalar=True)
+
+    def cut(self, rows: Span, columns: Span) -> "Causal":
+        """The triangle moved."""
+        return Causal(self.offset + rows.start - columns.start)
 
 
 @structural
@@ -110,6 +122,10 @@ class Window(Mask):
         """The offset is a scalar or one number a batch row."""
         return _vector_mismatch("Window.offset", self.offset, sizes.batch, scalar=True)
 
+    def cut(self, rows: Span, columns: Span) -> "Window":
+        """The band moved."""
+        return Window(self.left, self.right, self.offset + rows.start - columns.start)
+
 
 @structural
 class Prefix(Mask):
@@ -131,6 +147,10 @@ class Prefix(Mask):
         return _vector_mismatch("Prefix.lengths", self.lengths, sizes.batch) or _vector_mismatch(
             "Prefix.offset", self.offset, sizes.batch, scalar=True
         )
+
+    def cut(self, rows: Span, columns: Span) -> "Prefix":
+        """What is left of the prefix and the triangle moved."""
+        return Prefix(self.lengths - columns.start, self.offset + rows.start - columns.start)
 
 
 @structural
@@ -165,6 +185,10 @@ class Segments(Mask):
         """Padding is padding."""
         return Segments(pad(self.query, 1, queries), pad(self.keys(), 1, keys))
 
+    def cut(self, rows: Span, columns: Span) -> "Segments":
+        """The ids of each side."""
+        return Segments(rows.cut(self.query, 1), columns.cut(self.keys(), 1))
+
 
 @structural
 class Lengths(Mask):
@@ -179,6 +203,10 @@ class Lengths(Mask):
     def mismatch(self, sizes: Sizes) -> str | None:
         """One length a batch row."""
         return _vector_mismatch("Lengths.lengths", self.lengths, sizes.batch, scalar=True)
+
+    def cut(self, rows: Span, columns: Span) -> "Lengths":
+        """What is left of the length, perhaps less than nothing."""
+        return Lengths(self.lengths - columns.start)
 
 
 @structural
@@ -203,6 +231,10 @@ class Dense(Mask):
         """Nothing more is allowed."""
         return Dense(pad(pad(self.allowed, 2, queries), 3, keys))
 
+    def cut(self, rows: Span, columns: Span) -> "Dense":
+        """The part of the array."""
+        return Dense(columns.cut(rows.cut(self.allowed, 2), 3))
+
 
 @structural
 class And(Mask):
@@ -221,6 +253,10 @@ class And(Mask):
     def extended(self, queries: int, keys: int) -> "And":
         """Each part by itself."""
         return And(tuple(part.extended(queries, keys) for part in self.parts))
+
+    def cut(self, rows: Span, columns: Span) -> "And":
+        """Each part by itself."""
+        return And(tuple(part.cut(rows, columns) for part in self.parts))
 
 
 @structural
@@ -241,6 +277,10 @@ class Or(Mask):
         """Each part by itself."""
         return Or(tuple(part.extended(queries, keys) for part in self.parts))
 
+    def cut(self, rows: Span, columns: Span) -> "Or":
+        """Each part by itself."""
+        return Or(tuple(part.cut(rows, columns) for part in self.parts))
+
 
 @structural
 class Not(Mask):
@@ -259,6 +299,10 @@ class Not(Mask):
     def extended(self, queries: int, keys: int) -> "Not":
         """Of the part."""
         return Not(self.part.extended(queries, keys))
+
+    def cut(self, rows: Span, columns: Span) -> "Not":
+        """Of the part."""
+        return Not(self.part.cut(rows, columns))
 
 
 def describe(node: object) -> str:

@@ -5,7 +5,8 @@ their inputs into segments: a prompt, a text, the names and values of a JSON tre
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,6 +15,8 @@ from .biases import Bias, distance_buckets
 from .masks import Sizes
 from .spans import Span, pad
 from .trees import AnyArray, structural
+
+T = TypeVar("T")
 
 
 @structural
@@ -78,7 +81,7 @@ class Relations(Bias):
         return self._sides_mismatch(sizes)
 
     def _sides_mismatch(self, sizes: Sizes) -> str | None:
-        for name, length in _lengths(sizes.queries, sizes.keys).items():
+        for name, length in _sides(sizes.queries, sizes.keys).items():
             if (array := getattr(self, name)) is None:
                 continue
             shape, axes = jnp.shape(array), 3 if name == "relations" else 2
@@ -89,15 +92,22 @@ class Relations(Bias):
 
     def extended(self, queries: int, keys: int) -> "Relations":
         """Zeros beyond."""
-        padded: dict[str, Any] = {}
-        for name, length in _lengths(queries, keys).items():
+        return self._changed(_sides(queries, keys), lambda array, length: pad(array, 1, length))
+
+    def cut(self, rows: Span, columns: Span) -> "Relations":
+        """The parts of the arrays."""
+        return self._changed(_sides(rows, columns), lambda array, span: span.cut(array, 1))
+
+    def _changed(self, sides: dict[str, T], change: Callable[[AnyArray, T], Array]) -> "Relations":
+        changed: dict[str, Any] = {}
+        for name, side in sides.items():
             array = getattr(self, name)
-            padded[name] = None if array is None else pad(array, 1, length)
-        return dataclasses.replace(self, **padded)
+            changed[name] = None if array is None else change(array, side)
+        return dataclasses.replace(self, **changed)
 
 
-def _lengths(queries: int, keys: int) -> dict[str, int]:
-    """How long each array is along its second axis."""
+def _sides(queries: T, keys: T) -> dict[str, T]:
+    """Which of the two each array has along its second axis."""
     of_queries = ("relations", "query_positions", "query_groups")
     of_keys = ("segments", "key_positions", "key_groups")
     return dict.fromkeys(of_queries, queries) | dict.fromkeys(of_keys, keys)

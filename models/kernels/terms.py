@@ -5,6 +5,7 @@ import dataclasses
 from .biases import Bias
 from .dropout import Dropout
 from .masks import Mask
+from .spans import Span
 from .trees import AnyArray, structural
 
 
@@ -29,3 +30,9 @@ class Terms:
         """With arrays padded to `queries` and `keys` positions, whatever is allowed there."""
         bias = None if self.bias is None else self.bias.extended(queries, keys)
         return dataclasses.replace(self, mask=self.mask.extended(queries, keys), bias=bias)
+
+    def cut(self, rows: Span, columns: Span) -> "Terms":
+        """The terms of these queries and keys alone, counted from 0, as an attention by themselves."""
+        bias = None if self.bias is None else self.bias.cut(rows, columns)
+        dropout = None if self.dropout is None else self.dropout.cut(rows, columns)
+        return dataclasses.replace(self, mask=self.mask.cut(rows, columns), bias=bias, dropout=dropout)

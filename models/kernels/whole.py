@@ -61,19 +61,18 @@ class Whole:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(scale: float, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array]:
-    return _weighted(scale, q, k, v, mask)[0]
+    out, lse, _, _ = _weighted(scale, q, k, v, mask)
+    return out.astype(q.dtype), lse
 
 
-def _weighted(
-    scale: float, q: Array, k: Array, v: Array, mask: Mask
-) -> tuple[tuple[Array, Array], Array, Array]:
-    """Output and log-sum-exp; weights `[B, G, (H / G) T, S]` and what they are to be multiplied by.
+def _weighted(scale: float, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array, Array, Array]:
+    """Output not rounded, log-sum-exp, weights `[B, G, (H / G) T, S]` and what to multiply them by.
 
     Without a mask there is nothing but products, exponentials and sums, which XLA:CPU makes one kernel of:
     a single `where` among them would cost it (9.5 against 13.4 ms for the shape above).
     """
     (batch, queries, heads, _), (keys, groups) = q.shape, k.shape[1:3]
-    scores = _product("bgtk,bgsk->bgts", _grouped(q, groups) * scale, _heads_first(k))
+    scores = _product("bgtk,bgsk->bgts", _scaled(q, groups, scale), _heads_first(k))
     if isinstance(mask, Full):
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
@@ -88,22 +87,22 @@ def _weighted(
         total = weights.sum(-1, keepdims=True)
         inverse, lse = jnp.where(total == 0, 0, 1 / total), top + jnp.log(total)
     values = _product("bgts,bgsk->bgtk", weights.astype(v.dtype), _heads_first(v))
-    out = _ungrouped(values * inverse, heads).astype(q.dtype)
-    return (out, lse.reshape(batch, heads, queries)), weights, inverse
+    out = _ungrouped(values * inverse, heads)
+    return out, lse.reshape(batch, heads, queries), weights, inverse
 
 
 def _forward(
     scale: float, q: Array, k: Array, v: Array, mask: Mask
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    outputs, weights, inverse = _weighted(scale, q, k, v, mask)
-    return outputs, (q, k, v, outputs[0], weights * inverse)
+    out, lse, weights, inverse = _weighted(scale, q, k, v, mask)
+    return (out.astype(q.dtype), lse), (q, k, v, out, weights * inverse)
 
 
 def _backward(scale: float, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
     q, k, v, out, probabilities = residuals
     (d_out, d_lse), groups = cotangents, k.shape[2]
     delta = (_product("bthk,bthk->bht", out, d_out) - d_lse).reshape(*probabilities.shape[:3], 1)
-    grouped, d_values = _grouped(q, groups) * scale, _grouped(d_out, groups)
+    grouped, d_values = _scaled(q, groups, scale), _grouped(d_out, groups)
     d_weights = _product("bgtk,bgsk->bgts", d_values, _heads_first(v))
     d_scores = (probabilities * (d_weights - delta)).astype(q.dtype)
     dq = _ungrouped(_product("bgts,bgsk->bgtk", d_scores, _heads_first(k)), q.shape[2]) * scale
@@ -130,6 +129,11 @@ def _grouped(array: Array, groups: int) -> Array:
     """`[B, T, H, K]` to `[B, G, (H / G) T, K]`: the queries of a group's heads one after the other."""
     batch, length, heads, width = array.shape
     return array.transpose(0, 2, 1, 3).reshape(batch, groups, heads // groups * length, width)
+
+
+def _scaled(q: Array, groups: int, scale: float) -> Array:
+    """Grouped queries times the scale, at least float32: rounding to half precision would move every score."""
+    return _grouped(q, groups).astype(accumulation_dtype(q.dtype)) * scale
 
 
 def _ungrouped(array: Array, heads: int) -> Array:
