@@ -10,11 +10,14 @@ arrays inside `shard_map`.
 
 from .biases import ALiBi, Bias, Bucketed, alibi_slopes
 from .biases import Dense as DenseBias
+from .context import context_attention, zigzag_order
 from .decode import Joined, decode_attention
 from .dropout import Dropout
 from .flags import Keys, Queries
 from .front import attention, attention_probabilities
 from .masks import And, Causal, Dense, Full, Lengths, Mask, Not, Or, Prefix, Segments, Window
+from .merging import merge, merge_sinks
+from .paged import Paged
 from .registry import implementations
 from .relations import Relations
 from .request import Implementation, Request
@@ -37,6 +40,7 @@ __all__ = [
     "Mask",
     "Not",
     "Or",
+    "Paged",
     "Prefix",
     "Queries",
     "Relations",
@@ -47,6 +51,10 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "attention_probabilities",
+    "context_attention",
     "decode_attention",
     "implementations",
+    "merge",
+    "merge_sinks",
+    "zigzag_order",
 ]

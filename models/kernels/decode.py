@@ -6,13 +6,19 @@ keys four times and transposes the values: 12 layers of GPT-2's size with 256 sl
 instead of 0.7 (the time to read them at 25 GB/s is 0.75 ms).
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ... import InputError
 from .biases import Bias
-from .masks import Mask
+from .front import request_of
+from .masks import Causal, Full, Lengths, Mask, Sizes
+from .paged import Paged, check_pages, choose_decoder
 from .reference import masked_scores, softmax
 from .spans import accumulation_dtype
+from .terms import Terms
 from .trees import AnyArray, structural
 
 
@@ -43,30 +49,62 @@ class Joined:
 
 def decode_attention(
     q: Array,
-    k: Joined,
-    v: Joined,
+    k: Joined | Paged,
+    v: Joined | Paged,
     *,
-    mask: Mask,
+    mask: Mask | None = None,
+    lengths: Array | None = None,
     bias: Bias | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: Array | None = None,
+    impl: str = "auto",
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
     """`attention` of q `[B, T, H, K]` on a cache's keys and values: `[B, T, H, K]` (and lse `[B, H, T]`).
 
     The same function of the same numbers, for few queries: all scores at once, no gradient rules of its own.
+    On a `Joined` cache `mask` says what is seen. On a `Paged` one row b has `lengths[b]` keys, and without
+    `mask` its T queries are the last T of them; masks, and biases with offsets, may give each row its own
+    position by arrays `[B]`. `impl` chooses among the kernels for pages. Raises InputError where arrays of
+    a paged call do not fit, and where mask and lengths are both missing.
     """
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if isinstance(k, Paged) and isinstance(v, Paged):
+        out, lse = _on_pages(q, k, v, lengths, Terms(Full(), bias, scale, soft_cap, sinks), mask, impl)
+    elif isinstance(k, Joined) and isinstance(v, Joined) and mask is not None:
+        mask = mask if lengths is None else mask & Lengths(lengths)
+        out, lse = _on_joined(q, k, v, Terms(mask, bias, scale, soft_cap, sinks))
+    else:
+        raise InputError("decode_attention needs a mask on Joined keys and values; k and v have one form")
+    return (out, lse) if return_lse else out
+
+
+def _on_pages(
+    q: Array, k: Paged, v: Paged, lengths: Array | None, terms: Terms, mask: Mask | None, impl: str
+) -> tuple[Array, Array]:
+    if lengths is None:
+        raise InputError("decode_attention needs lengths [B] on paged keys and values")
+    check_pages(q, k, v, lengths)
+    mask = Causal(lengths - q.shape[1]) if mask is None else mask
+    if reason := mask.mismatch(Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])):
+        raise InputError(f"decode_attention: {reason}")
+    terms = dataclasses.replace(terms, mask=mask)
+    request = dataclasses.replace(request_of(q, k, v, terms, lse=True), page=k.pages.shape[1])
+    return choose_decoder(request, impl)(q, k, v, lengths, terms)
+
+
+def _on_joined(q: Array, k: Joined, v: Joined, terms: Terms) -> tuple[Array, Array]:
     batch, queries, heads, width = q.shape
     grouped = q.reshape(batch, queries, k.groups, heads // k.groups, width)
     rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch * k.groups, -1, width)
     dtype = accumulation_dtype(q.dtype)
     raw = lax.dot_general(rows, k.array, (((2,), (2,)), ((0,), (0,))), preferred_element_type=dtype)
-    raw = raw.reshape(batch, heads, queries, -1) * (width**-0.5 if scale is None else scale)
-    weights, lse = softmax(masked_scores(raw, mask, bias, soft_cap))
+    raw = raw.reshape(batch, heads, queries, -1) * terms.scale
+    weights, lse = softmax(masked_scores(raw, terms.mask, terms.bias, terms.soft_cap), terms.sinks)
     weights = weights.reshape(*rows.shape[:2], -1)
     out = lax.dot_general(
         weights.astype(v.array.dtype), v.array, (((2,), (1,)), ((0,), (0,))), preferred_element_type=dtype
     )
     out = out.reshape(batch, k.groups, heads // k.groups, queries, -1).transpose(0, 3, 1, 2, 4)
-    out = out.reshape(batch, queries, heads, -1).astype(q.dtype)
-    return (out, lse) if return_lse else out
+    return out.reshape(batch, queries, heads, -1).astype(q.dtype), lse

@@ -1,6 +1,6 @@
 """attention(): the one function models call, whatever computes it."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 from jax import Array
@@ -75,8 +75,8 @@ def attention(
     `impl` is "auto" or a name of `implementations()`; the choice is logged to `modicum.kernels` when traced.
     Raises InputError where shapes do not fit, the name is unknown or the named one cannot do it.
     """
-    terms = _terms(q, k, v, mask, bias, scale, soft_cap, sinks, dropout)
-    out, lse = choose(_request(q, k, v, terms), impl)(q, k, v, terms)
+    terms = terms_of(q, k, v, mask, bias, scale, soft_cap, sinks, dropout)
+    out, lse = choose(request_of(q, k, v, terms, return_lse), impl)(q, k, v, terms)
     return (out, lse) if return_lse else out
 
 
@@ -94,11 +94,11 @@ def attention_probabilities(
 
     With sinks the rows sum to less than 1.
     """
-    terms = _terms(q, k, k, mask, bias, scale, soft_cap, sinks, None)
+    terms = terms_of(q, k, k, mask, bias, scale, soft_cap, sinks, None)
     return softmax(attention_scores(q, k, terms), terms.sinks)[0]
 
 
-def _terms(
+def terms_of(
     q: Array,
     k: Array,
     v: Array,
@@ -108,8 +108,12 @@ def _terms(
     soft_cap: float | None,
     sinks: Array | None,
     dropout: Dropout | None,
+    devices: int = 1,
 ) -> Terms:
-    """What the call asks for, checked; dropout at rate 0 is none."""
+    """What the call asks for, checked; dropout at rate 0 is none.
+
+    With `devices` the arrays are what one of so many holds of sequences that mask and bias are for in full.
+    """
     _check_arrays(q, k, v)
     _check_number("scale", scale)
     _check_number("soft_cap", soft_cap)
@@ -118,7 +122,7 @@ def _terms(
             f"mask is {type(mask).__name__}; it must be a mask, e.g. Full(), Causal() or Dense(array)"
         )
     bias = as_bias(bias)
-    sizes = Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    sizes = Sizes(q.shape[0], q.shape[2], q.shape[1] * devices, k.shape[1] * devices)
     reasons = (
         mask.mismatch(sizes),
         bias.mismatch(sizes) if bias is not None else None,
@@ -131,7 +135,8 @@ def _terms(
     return Terms(mask, bias, scale, soft_cap, sinks, dropout if dropout and dropout.rate else None)
 
 
-def _request(q: Array, k: Array, v: Array, terms: Terms) -> Request:
+def request_of(q: Array, k: Any, v: Any, terms: Terms, lse: bool) -> Request:
+    """The description of the call by which an implementation is chosen; of k and v only shapes are read."""
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     return Request(
@@ -149,6 +154,7 @@ def _request(q: Array, k: Array, v: Array, terms: Terms) -> Request:
         soft_cap=terms.soft_cap is not None,
         sinks=terms.sinks is not None,
         dropout=0.0 if terms.dropout is None else terms.dropout.rate,
+        lse=lse,
     )
 
 

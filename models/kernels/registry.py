@@ -2,16 +2,35 @@
 
 import functools
 import logging
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 from ... import InputError
 from .chunked import Chunked
+from .cudnn import CuDNN
 from .reference import Reference
 from .request import Implementation, Request
 from .whole import Whole
 
+
+class Choosable(Protocol):
+    """What a choice asks of a candidate: see `Implementation`, whose methods these are."""
+
+    @property
+    def name(self) -> str: ...
+    def supports(self, request: Request) -> str | None: ...
+    def unfit(self, request: Request) -> str | None: ...
+
+
+Candidate = TypeVar("Candidate", bound=Choosable)
 logger = logging.getLogger("modicum.kernels")
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Whole(), Chunked(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Whole(),
+    Chunked(),
+    Reference(),
+    CuDNN(),
+)
 
 
 def implementations() -> tuple[Implementation, ...]:
@@ -26,7 +45,12 @@ def choose(request: Request, impl: str) -> Implementation:
     Logs the choice to `modicum.kernels`; the cache makes that once a request, however many layers make it.
     Raises InputError for an unknown name and for a forced implementation that cannot do the request.
     """
-    by_name = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+    return pick(IMPLEMENTATIONS, request, impl)
+
+
+def pick(candidates: Sequence[Candidate], request: Request, impl: str) -> Candidate:
+    """The choice of `choose` among any candidates, the preferred first."""
+    by_name = {implementation.name: implementation for implementation in candidates}
     if impl != "auto":
         if impl not in by_name:
             raise InputError(f"impl={impl!r} is unknown; valid are auto, {', '.join(by_name)}")
@@ -35,7 +59,7 @@ def choose(request: Request, impl: str) -> Implementation:
         logger.info("attention %s: %s, as asked for", request, impl)
         return by_name[impl]
     reasons: list[str] = []
-    for implementation in IMPLEMENTATIONS:
+    for implementation in candidates:
         reason = implementation.supports(request) or implementation.unfit(request)
         if reason is None:
             logger.info(

@@ -17,7 +17,9 @@ T = TypeVar("T", Mask, Bias | None)
 class Request:
     """Everything about one call of `attention` but the numbers; hashable, known at trace time.
 
-    `mask` and `bias` hold shapes in the place of arrays, so an implementation sees their structure.
+    `mask` and `bias` hold shapes in the place of arrays, so an implementation sees their structure. `lse` is
+    whether the log-sum-exp, and its gradient, is asked for; `dropout` is the rate, 0 without; `page` is how
+    many keys a page of a cache holds, 0 where keys are no cache in pages.
     """
 
     platform: str
@@ -34,6 +36,8 @@ class Request:
     soft_cap: bool
     sinks: bool = False
     dropout: float = 0.0
+    lse: bool = False
+    page: int = 0
 
     def __str__(self) -> str:
         extras = [describe(self.mask)]
@@ -41,6 +45,8 @@ class Request:
         extras += ["soft cap"] if self.soft_cap else []
         extras += ["sinks"] if self.sinks else []
         extras += [f"dropout {self.dropout:g}"] if self.dropout else []
+        extras += ["lse"] if self.lse else []
+        extras += [f"pages of {self.page}"] if self.page else []
         shape = (
             f"B={self.batch} T={self.queries} S={self.keys} H={self.heads} G={self.kv_heads} K={self.width}"
         )

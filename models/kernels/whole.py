@@ -132,7 +132,7 @@ def _grouped(array: Array, groups: int) -> Array:
 
 
 def _scaled(q: Array, groups: int, scale: float) -> Array:
-    """Grouped queries times the scale, at least float32: rounding to half precision would move every score."""
+    """Grouped queries times the scale, at least float32: rounded to half precision they would move scores."""
     return _grouped(q, groups).astype(accumulation_dtype(q.dtype)) * scale
 
 
