@@ -21,11 +21,11 @@ class Worker:
     """A contender in a process of its own; a context manager that ends it.
 
     `loaded` is the process's resident memory in bytes when it was ready, before its first step.
-    It runs on the CPU and, where `threads` is not 0, on that many processors. What it prints goes to
-    standard error.
+    JAX in it uses `platforms` (None: what is found) and, where `threads` is not 0, that many processors.
+    What it prints goes to standard error.
     """
 
-    def __init__(self, name: str, job: Job, threads: int = 0) -> None:
+    def __init__(self, name: str, job: Job, threads: int = 0, platforms: str | None = "cpu") -> None:
         # -P: the current folder, perhaps our checkout, must not stand before the installed packages
         module = f"{__package__}.worker"
         command = [sys.executable, "-P", "-m", module, name, job.to_json(), str(threads)]
@@ -35,7 +35,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            env={**os.environ, **({} if platforms is None else {"JAX_PLATFORMS": platforms})},
         )
         started = self._answer()
         self.versions: str = started["versions"]

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from ...research.training.host_memory import keep_freed_memory
+from .attention_job import AttentionJob
 from .generation_job import GenerationJob
 from .job import DecoderJob
 from .tuning_job import TuningJob
@@ -53,7 +54,28 @@ class Generator(Protocol):
         """A function that multiplies the job's large matrix by a vector and waits for it."""
 
 
-Contender = Trainer | Generator
+class Attender(Protocol):
+    """Somebody, or several, who attend to the job's arrays."""
+
+    versions: str
+
+    def contenders(self, length: int) -> dict[str, str]:
+        """Who takes part, and why others of the same library do not (empty for those who do)."""
+
+    def prepare(self, name: str, length: int, backward: bool) -> dict[str, Any]:
+        """Compile what `attend` will run; `temporary` bytes of memory, where they are known."""
+
+    def attend(self, name: str, backward: bool) -> Any:
+        """One call, waited for."""
+
+    def sample(self, result: Any) -> list[float]:
+        """Some numbers of the output."""
+
+    def forget(self) -> None:
+        """Let go of what was prepared."""
+
+
+Contender = Trainer | Generator | Attender
 
 
 @dataclass(frozen=True)
@@ -98,6 +120,14 @@ def make_contender(name: str, job: str) -> Contender:
             from .generation_torch import TransformersGeneration
 
             return TransformersGeneration(GenerationJob.from_json(job))
+        case "attention-jax":
+            from .attention_jax import JaxAttention
+
+            return JaxAttention(AttentionJob.from_json(job))
+        case "attention-torch" | "attention-torch-cpu":
+            from .attention_torch import TorchAttention
+
+            return TorchAttention(AttentionJob.from_json(job), on_cpu=name.endswith("cpu"))
     raise ValueError(f"no contender is called {name!r}")
 
 
@@ -113,7 +143,7 @@ def measure(contender: Any, what: str, **arguments: Any) -> dict[str, Any]:
     """The reply to one command.
 
     `round` trains, `generate` generates, `product` and `read` multiply, `memory` tells the greatest resident
-    memory since it was asked last.
+    memory since it was asked last; `attend` is one attention, of what `prepare` prepared, until `forget`.
     """
     match what:
         case "round":
@@ -128,6 +158,13 @@ def measure(contender: Any, what: str, **arguments: Any) -> dict[str, Any]:
             return mean(contender.matrix_vector())
         case "memory":
             return {"peak": peak_memory()}
+        case "contenders" | "prepare":
+            return getattr(contender, what)(**arguments)
+        case "attend":
+            result, timing = timed(lambda: contender.attend(**arguments))
+            return {"sample": contender.sample(result), "wall": timing.wall, "cpu": timing.cpu}
+        case "forget":
+            return {"forgotten": contender.forget() is None}
     raise ValueError(f"no command is called {what!r}")
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ... import InputError
+from .bench_attention import AttentionBench
 from .bench_delta import MemoryBench, StorageBench
 
 
@@ -172,6 +173,7 @@ class TuneBench:
         return 0
 
 
+Attention = Annotated[AttentionBench, tyro.conf.subcommand("attention")]
 Train = Annotated[TrainBench, tyro.conf.subcommand("train")]
 Tune = Annotated[TuneBench, tyro.conf.subcommand("tune")]
 Generate = Annotated[GenerateBench, tyro.conf.subcommand("generate")]
@@ -183,7 +185,7 @@ Storage = Annotated[StorageBench, tyro.conf.subcommand("tune-storage")]
 class Bench:
     """Measure ours beside its peers, on this machine in one run."""
 
-    what: Train | Tune | Generate | Memory | Storage
+    what: Attention | Train | Tune | Generate | Memory | Storage
 
     def run(self) -> int:
         """Print the tables."""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from .block_sizes import block_sizes, found_fields
 from .blocks import FULL, PARTIAL, SKIP, Grid, dynamic_blocks, is_dynamic, static_blocks
 from .dropout import Dropout
 from .masks import Lengths, Mask
@@ -34,16 +35,17 @@ Residuals = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Chunked:
-    """XLA on any platform, with everything `attention` offers; `block` 0 chooses tiles by length.
+    """XLA on any platform, with everything `attention` offers; `block` 0 takes tiles from `block_sizes`.
 
-    Tiles are near 128 up to a length of 512 and near 256 beyond. On 2 CPU cores, float32, causal, forward
-    and backward take 153 ms of CPU time with 128 and 188 with 256 for B=8 T=512 H=6 K=64, 417 and 295 for
-    B=1 T=2048 H=8 K=64. Up to 128 there is one tile, as fast as a plain softmax (14 ms each for T=128).
+    Where nothing was measured they are near 128 up to a length of 512 and near 256 beyond. On 2 CPU cores,
+    float32, causal, forward and backward take 153 ms of CPU time with 128 and 188 with 256 for B=8 T=512 H=6
+    K=64, 417 and 295 for B=1 T=2048 H=8 K=64. Up to 128 there is one tile, as fast as a plain softmax (14 ms
+    each for T=128).
     Unrolling the loop over tiles took 12% more time and 2.6 times the memory.
     """
 
     name: str = "chunked"
-    block: int = 0
+    block: int | tuple[int, int] = 0
 
     def supports(self, request: Request) -> str | None:
         """It can do every request."""
@@ -58,8 +60,8 @@ class Chunked:
         given = (q, k, v, terms)
         q, k, v, terms = vary(given, varying_axes(given))
         queries, keys = q.shape[1], k.shape[1]
-        target = self.block or (128 if max(queries, keys) <= 512 else 256)
-        rows, columns = block_size(queries, target), block_size(keys, target)
+        row_target, column_target = self._targets(q, k, terms)
+        rows, columns = block_size(queries, row_target), block_size(keys, column_target)
         grid = Grid(-(-queries // rows) * rows, -(-keys // columns) * columns, rows, columns)
         terms = terms.extended(grid.queries, grid.keys)
         if grid.keys > keys:
@@ -67,6 +69,22 @@ class Chunked:
         q, k, v = pad(q, 1, grid.queries), pad(k, 1, grid.keys), pad(v, 1, grid.keys)
         out, lse = _attend(grid, q, k, v, terms)
         return out[:, :queries], lse[:, :, :queries]
+
+    def candidates(self, length: int) -> list[tuple[int, int]]:
+        """Tiles worth a try at a length, for `modicum bench attention --tune`."""
+        sizes = [size for size in (64, 128, 256, 512) if size <= length] or [length]
+        return [(rows, columns) for rows in sizes for columns in sizes if rows <= 2 * columns <= 4 * rows]
+
+    def with_blocks(self, blocks: tuple[int, ...]) -> "Chunked":
+        """Itself with tiles of so many queries and keys."""
+        return dataclasses.replace(self, block=(blocks[0], blocks[1]))
+
+    def _targets(self, q: Array, k: Array, terms: Terms) -> tuple[int, ...]:
+        """How many queries and keys a tile should have about."""
+        if self.block:
+            return self.block if isinstance(self.block, tuple) else (self.block, self.block)
+        fields = found_fields(q.dtype.name, q.shape[3], terms.mask)
+        return block_sizes(self.name, length=max(q.shape[1], k.shape[1]), **fields) or (256, 256)
 
 
 class Tile(NamedTuple):

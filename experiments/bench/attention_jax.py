@@ -1,0 +1,144 @@
+"""Ours, the plain softmax and `jax.nn` as contenders, in one process: the same arrays, compiled ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...models.kernels import (
+    ALiBi,
+    Bias,
+    Bucketed,
+    Causal,
+    DenseBias,
+    Full,
+    Mask,
+    Segments,
+    Window,
+    alibi_slopes,
+    attention,
+    implementations,
+)
+from ...models.kernels.front import request_of, terms_of
+from ...models.kernels.spans import Span
+from .attention_job import AttentionJob
+
+Array = jax.Array
+SAMPLE = 64
+"""How many numbers of an output are compared with those of others."""
+
+
+class JaxAttention:
+    """All that JAX can offer for the job; `prepare` compiles one of them, `attend` runs what is compiled."""
+
+    def __init__(self, job: AttentionJob) -> None:
+        self.job = job
+        device = jax.devices()[0]
+        self.versions = f"jax {jax.__version__} on {device.device_kind}"
+        self.ready: dict[tuple[str, bool], Callable[[], Any]] = {}
+
+    def contenders(self, length: int) -> dict[str, str]:
+        """Names of who takes part, and reasons of who cannot or would not be chosen (empty where it does)."""
+        q, k, _, _, bias = self.given(length)
+        request = request_of(
+            q, k, k, terms_of(q, k, k, self.mask(length), bias, None, None, None, None), False
+        )
+        ours = {
+            x.name: x.supports(request) or x.unfit(request) or ""
+            for x in implementations()
+            if x.name != "reference"
+        }
+        peers = {"plain softmax": "", "jax.nn": ""}
+        if jax.default_backend() == "gpu":
+            peers["jax.nn cuDNN"] = ""
+        return ours | peers
+
+    def prepare(self, name: str, length: int, backward: bool) -> dict[str, Any]:
+        """Compile; XLA's temporary bytes, and some numbers of the output."""
+        q, k, v, d_out, bias = self.given(length)
+
+        def forward(q: Array, k: Array, v: Array, bias: Bias | None) -> Array:
+            return self.function(name, length)(q, k, v, bias)
+
+        def both(q: Array, k: Array, v: Array, bias: Bias | None) -> Any:
+            out, pull = jax.vjp(forward, q, k, v, bias)
+            return out, pull(d_out)
+
+        compiled = jax.jit(both if backward else forward).lower(q, k, v, bias).compile()
+        self.ready[name, backward] = lambda: jax.block_until_ready(compiled(q, k, v, bias))
+        return {"temporary": compiled.memory_analysis().temp_size_in_bytes}
+
+    def attend(self, name: str, backward: bool) -> Any:
+        """One call, waited for."""
+        return self.ready[name, backward]()
+
+    def sample(self, result: Any) -> list[float]:
+        """Some numbers of what `attend` gave, evenly over the first row's output."""
+        out = np.asarray(result[0] if isinstance(result, tuple) else result, np.float32)[0].reshape(-1)
+        return out[:: max(1, len(out) // SAMPLE)][:SAMPLE].tolist()
+
+    def forget(self) -> None:
+        """Let go of all that is compiled."""
+        self.ready.clear()
+        self.given.cache_clear()
+
+    @lru_cache(maxsize=1)  # noqa: B019 (one contender lives as long as its process)
+    def given(self, length: int) -> tuple[Array, Array, Array, Array, Bias | None]:
+        """q, k, v, the output's cotangent and the bias."""
+        q, d_out, k, v = (jnp.asarray(x, self.job.dtype) for x in self.job.arrays(length))
+        return q, k, v, d_out, jax.tree.map(jnp.asarray, self.bias(length))
+
+    def mask(self, length: int) -> Mask:
+        """The job's mask as an expression."""
+        match self.job.mask:
+            case "full":
+                return Full()
+            case "causal":
+                return Causal()
+            case "window":
+                return Window(self.job.window, 0)
+            case _:
+                return Causal() & Segments(jnp.asarray(self.job.segments(length)))
+
+    def bias(self, length: int) -> Bias | None:
+        """The job's bias as an expression; buckets and slopes as T5 and ALiBi have them."""
+        match self.job.bias:
+            case "dense":
+                return DenseBias(self.job.dense(length))
+            case "bucketed":
+                return Bucketed(self.job.table())
+            case "alibi":
+                return ALiBi(alibi_slopes(self.job.heads))
+            case _:
+                return None
+
+    def function(self, name: str, length: int) -> Callable[..., Array]:
+        """Attention as a contender computes it, of q, k, v and bias."""
+        mask = self.mask(length)
+        if name.startswith("jax.nn"):
+            return lambda *given: jax_nn(*given, mask, "cudnn" if name.endswith("cuDNN") else "xla")
+        impl = "reference" if name == "plain softmax" else name
+        return lambda q, k, v, bias: attention(q, k, v, mask=mask, bias=bias, impl=impl)
+
+
+def jax_nn(q: Array, k: Array, v: Array, bias: Bias | None, mask: Mask, implementation: Any) -> Array:
+    """`jax.nn.dot_product_attention`; what it has no word for is written out as an array, as its users do."""
+    options: dict[str, Any] = {}
+    rows, columns = Span(0, q.shape[1]), Span(0, k.shape[1])
+    match mask:
+        case Full():
+            pass
+        case Causal():
+            options["is_causal"] = True
+        case Window(left=left):
+            options |= {"is_causal": True, "local_window_size": (left, 0)}
+        case _:
+            options["mask"] = mask.predicate(rows, columns)
+    if bias is not None:
+        options["bias"] = bias.tile(rows, columns).astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **options)
