@@ -26,7 +26,8 @@ class Ranges(NamedTuple):
 
     All int32 `[B or 1, T]`, `key_ids [B or 1, S]`; `starts` None is 0, `ends` None is S. A row that sees
     nothing has both 0, if it has both. `exact [B or 1, T]` says where the range alone is the mask although
-    there are ids.
+    there are ids, which may be all but the least int32. `other_starts` and `other_ends` are what remains to
+    be compared besides ids: `starts` and `ends` without what follows from ids.
     """
 
     starts: Array | None = None
@@ -34,6 +35,8 @@ class Ranges(NamedTuple):
     query_ids: Array | None = None
     key_ids: Array | None = None
     exact: Array | None = None
+    other_starts: Array | None = None
+    other_ends: Array | None = None
 
 
 class _NoRange(Exception):
@@ -55,12 +58,14 @@ def ranges(mask: Mask, queries: int, keys: int) -> Ranges:
     by_id = [part for part in parts if _id_pair(part, queries) is not None]
     others = tuple(part for part in parts if _id_pair(part, queries) is None)
     interval = _intersection([_interval(part, queries, keys) for part in others])
+    alone = _normal(interval, keys)
     if not by_id:
-        return Ranges(*_normal(interval, keys))
+        return Ranges(*alone, None, None, None, *alone)
     query_ids, key_ids = _joined_ids(by_id, queries)
     start, end, exact = _hull(query_ids, key_ids)
     starts, ends = _normal(_intersection([interval, (start, end)]), keys)
-    return Ranges(starts, ends, query_ids, key_ids, exact)
+    query_ids = jnp.where(query_ids == 0, jnp.iinfo(jnp.int32).min, query_ids)
+    return Ranges(starts, ends, query_ids, key_ids, exact, *alone)
 
 
 def _interval(mask: Mask, queries: int, keys: int) -> Interval:

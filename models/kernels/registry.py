@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 from ... import InputError
 from .chunked import Chunked
 from .cudnn import CuDNN
+from .hopper import Hopper
 from .reference import Reference
 from .request import Implementation, Request
 from .whole import Whole
@@ -27,6 +28,7 @@ logger = logging.getLogger("modicum.kernels")
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Whole(),
+    Hopper(),
     Chunked(),
     Reference(),
     CuDNN(),

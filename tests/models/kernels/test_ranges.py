@@ -32,7 +32,13 @@ def allowed(found):
             np.asarray(found.exact)[:, :, None], np.broadcast_shapes(seen.shape, (B, T, S))
         )
         np.testing.assert_array_equal((seen & ~compared & exact).any(), False)
+        alone = np.ones((1, T, S), bool)
+        if found.other_starts is not None:
+            alone = alone & (key >= np.asarray(found.other_starts)[:, :, None])
+        if found.other_ends is not None:
+            alone = alone & (key < np.asarray(found.other_ends)[:, :, None])
         seen = seen & compared
+        np.testing.assert_array_equal(*np.broadcast_arrays(alone & compared, seen))
     return np.broadcast_to(seen, (B, T, S))
 
 

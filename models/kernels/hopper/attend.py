@@ -1,0 +1,104 @@
+"""Attention on a Hopper GPU as one differentiable function of padded arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..biases import ALiBi, Bias, Bucketed, Dense
+from ..ranges import Ranges
+from .bias_gradient import bias_gradient
+from .bias_tiles import bucket_sums, operand
+from .forward import forward
+from .key_gradient import key_gradient
+from .problem import CONSUMERS, LOG2_E, Problem, Tiles
+from .query_block import Operands
+from .query_gradient import Gradients, query_gradient
+from .tiling import mask_over_keys, mask_over_queries
+
+
+class Plan(NamedTuple):
+    """Tile sizes of each kernel."""
+
+    forward: Tiles
+    query_gradient: Tiles
+    key_gradient: Tiles
+    bias_gradient: Tiles
+
+
+class Inputs(NamedTuple):
+    """What attention is a function of, padded to what a `Problem` says."""
+
+    q: Array
+    k: Array
+    v: Array
+    seen: Ranges
+    bias: Bias | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend(problem: Problem, plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
+    """Output `[B, T, H, K]` and log-sum-exp `[B, H, T]`."""
+    return forward(problem, plan.forward, _over_keys(problem, plan.forward, inputs))
+
+
+def _over_keys(problem: Problem, tiles: Tiles, inputs: Inputs) -> Operands:
+    q, k, v, seen, bias = inputs
+    rows = CONSUMERS * tiles.queries
+    mask = mask_over_keys(seen, problem, rows, tiles.keys)
+    return Operands(q, k, v, mask, operand(bias, rows, tiles.keys, over_queries=False))
+
+
+def _over_queries(problem: Problem, tiles: Tiles, inputs: Inputs) -> Operands:
+    q, k, v, seen, bias = inputs
+    rows = CONSUMERS * tiles.keys
+    mask = mask_over_queries(seen, problem, tiles.queries, rows)
+    return Operands(q, k, v, mask, operand(bias, rows, tiles.queries, over_queries=True))
+
+
+def _forward(problem: Problem, plan: Plan, inputs: Inputs) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    out, lse = attend(problem, plan, inputs)
+    return (out, lse), (inputs, out, lse)
+
+
+def _backward(
+    problem: Problem, plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
+) -> tuple[Inputs]:
+    (inputs, out, lse), (d_out, d_lse) = residuals, cotangents
+    delta = jnp.einsum("bthk,bthk->bht", out, d_out, preferred_element_type=jnp.float32) - d_lse
+    gradients = Gradients(d_out, jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E), delta)
+    operands = _over_keys(problem, plan.query_gradient, inputs)
+    dq, d_slopes = query_gradient(problem, plan.query_gradient, operands, gradients)
+    operands = _over_queries(problem, plan.key_gradient, inputs)
+    dk, dv = key_gradient(problem, plan.key_gradient, operands, gradients)
+    d_bias = _bias_gradient(problem, plan.bias_gradient, inputs, gradients, d_slopes)
+    return (Inputs(dq, dk, dv, None, d_bias),)
+
+
+def _bias_gradient(
+    problem: Problem, tiles: Tiles, inputs: Inputs, gradients: Gradients, d_slopes: Array | None
+) -> Bias | None:
+    """A tree like the bias; `d_slopes [B, H, T]` is what the other kernels found of ALiBi's."""
+    match inputs.bias:
+        case None:
+            return None
+        case ALiBi(slopes=slopes) as bias:
+            assert d_slopes is not None
+            return dataclasses.replace(bias, slopes=d_slopes.sum((0, 2)).astype(slopes.dtype))
+    operands = _over_keys(problem, tiles, inputs)
+    found = bias_gradient(problem, tiles, operands, gradients)
+    match inputs.bias:
+        case Dense(values=values) as bias:
+            return dataclasses.replace(bias, values=found.astype(values.dtype))
+        case Bucketed() as bias:
+            table = bucket_sums(bias, found, CONSUMERS * tiles.queries, tiles.keys)
+            return dataclasses.replace(bias, table=table)
+    raise AssertionError(f"{type(inputs.bias).__name__} has no gradient here")
+
+
+attend.defvjp(_forward, _backward)

@@ -1,0 +1,82 @@
+"""The Hopper kernels as an implementation of `attention`: what they can do, and why not the rest.
+
+The kernels, and with them Pallas, are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..biases import ALiBi, Bias, Bucketed, Dense
+from ..ranges import no_ranges
+from ..request import Request
+from ..terms import Terms
+
+_TYPES = ("bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hopper:
+    """Flash attention in Pallas (Mosaic GPU) on H100 and H200: bfloat16 or float16, widths up to 128.
+
+    Dao 2023, "FlashAttention-2", with the warp specialisation of Shah et al. 2024, "FlashAttention-3". The
+    backward pass is a kernel for queries, one for keys and values and one for biases that need it; each sums
+    in a fixed order, so gradients are the same every time. `interpret`, an `InterpretGPUParams`, runs the
+    kernels on a CPU instead (see `operations`).
+    """
+
+    name: str = "hopper"
+    interpret: Any = None
+
+    def supports(self, request: Request) -> str | None:
+        """A Hopper GPU, 16-bit inputs, widths up to 128, masks that are a range of keys a query."""
+        if self.interpret is None and (reason := _no_hopper(request.platform)):
+            return reason
+        if request.dtype not in _TYPES:
+            return f"its matrix products are of {' or '.join(_TYPES)}, not {request.dtype}"
+        if max(request.width, request.value_width) > 128:
+            return f"its tiles hold widths up to 128, not {max(request.width, request.value_width)}"
+        if request.dropout:
+            return "it has no dropout"
+        no_bias = request.bias and _no_bias(request.bias, request.queries, request.keys)
+        return no_bias or no_ranges(request.mask, request.queries, request.keys)
+
+    def unfit(self, request: Request) -> str | None:
+        """Decoding: a block holds 128 queries."""
+        return "a block of its kernels holds 128 queries" if request.queries < 16 else None
+
+    def __call__(self, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
+        """Output `[B, T, H, K]` in the type of q and log-sum-exp `[B, H, T]`, float32."""
+        from .padding import padded_attention
+
+        return padded_attention(q, k, v, terms, self.interpret)
+
+
+def _no_hopper(platform: str) -> str | None:
+    if platform != "gpu":
+        return f"it is for Hopper GPUs, and this is a {platform}"
+    capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+    if capability.split(".")[0] != "9":
+        return f"it is for GPUs of compute capability 9 (Hopper), and this one's is {capability}"
+    return None
+
+
+def _no_bias(bias: Bias, queries: int, keys: int) -> str | None:
+    """Why the kernels cannot read this bias, of arrays or their shapes, or None."""
+    match bias:
+        case Dense(values=values):
+            if values.shape[2:] != (queries, keys):
+                return "its dense biases have a row for every query and a column for every key"
+            if jnp.dtype(values.dtype).itemsize not in (2, 4):
+                return f"its biases have 16 or 32 bits, not {values.dtype}"
+        case Bucketed() | ALiBi():
+            if not isinstance(bias.offset, int):
+                return f"the offset of {type(bias).__name__} has to be known when compiling"
+        case _:
+            return f"it cannot read {type(bias).__name__}"
+    return None

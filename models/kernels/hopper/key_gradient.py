@@ -1,0 +1,199 @@
+"""The kernel of the gradients with respect to keys and values: a block holds keys and goes over the queries.
+
+Scores are computed transposed, a row for each key, so that weights come out of the tensor cores as they go in
+again. Heads that share keys are gone over one after the other and summed in registers: the order is always
+the same, and so is the result.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .bias_tiles import Slopes, buffers, tile_parts, tile_values
+from .masking import Bounds, read_bounds, read_visible, where_needed
+from .operations import Ref
+from .problem import CONSUMERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_COPY, Problem, Tiles, tiled
+from .query_block import Operands
+from .query_gradient import Gradients
+from .ring import Index, Ring, copy_all
+from .scores import Scores, mask_scores, score_gradient, scores, weigh
+
+Totals = tuple[Array, Array]
+
+
+class _Scratch(NamedTuple):
+    keys: Any  # and then their gradient
+    values: Any
+    loaded: Any
+    queries: Ring  # queries, the output's gradient, log-sum-exp, delta and tiles of a bias
+
+
+class _Block(NamedTuple):
+    problem: Problem
+    tiles: Tiles
+    operands: Operands
+    gradients: Gradients
+    scratch: _Scratch
+    batch: Array
+    head: Array
+    tile: Array
+    bounds: Bounds
+    warpgroup: Array
+
+    @property
+    def steps(self) -> Index:
+        """Tiles of queries that one head has."""
+        return self.bounds.end - self.bounds.first
+
+    @property
+    def first_key(self) -> Array:
+        """The first of this warpgroup's keys."""
+        return (self.tile * CONSUMERS + self.warpgroup) * self.tiles.keys
+
+    def query_head(self, member: Index) -> Index:
+        """The head of queries that is a given member of the group of this block's head."""
+        return self.head * self.problem.group + member
+
+
+def key_gradient(
+    problem: Problem, tiles: Tiles, operands: Operands, gradients: Gradients
+) -> tuple[Array, Array]:
+    """The gradients with respect to k and v, `[B, S, G, K]` each."""
+    rows = (CONSUMERS, tiles.keys, problem.width)
+    ring = tiled((tiles.stages, tiles.queries, problem.width), problem.dtype)
+    numbers = plgpu.SMEM((tiles.stages, tiles.queries), jnp.float32)
+    scratch = _Scratch(
+        tiled(rows, problem.dtype),
+        tiled(rows, problem.dtype),
+        plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
+        Ring.scratch(tiles.stages, [ring, ring, numbers, numbers], buffers(operands.bias, tiles.stages)),
+    )
+    gradient = jax.ShapeDtypeStruct(operands.k.shape, operands.k.dtype)
+    kernel = plgpu.kernel(
+        functools.partial(_body, problem, tiles),
+        out_type=(gradient, gradient),
+        scratch_types=(scratch,),
+        grid=(problem.kv_heads, problem.keys // (CONSUMERS * tiles.keys), problem.batch),
+        grid_names=("head", "tile", "batch"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="attention_key_gradient",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=problem.operations.interpret,
+    )
+    return kernel(operands, gradients)
+
+
+def _body(
+    problem: Problem,
+    tiles: Tiles,
+    operands: Operands,
+    gradients: Gradients,
+    dk: Ref,
+    dv: Ref,
+    scratch: _Scratch,
+) -> None:
+    batch, head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
+    bounds = read_bounds(operands.mask, batch, tile, problem.queries // tiles.queries)
+    block = _Block(problem, tiles, operands, gradients, scratch, batch, head, tile, bounds, warpgroup)
+    pl.when(warpgroup < CONSUMERS)(lambda: _compute(block, dk, dv))
+    pl.when(warpgroup == CONSUMERS)(lambda: _copy(block))
+
+
+def _copy(block: _Block) -> None:
+    plgpu.set_max_registers(REGISTERS_TO_COPY, action="decrease")
+    operands, gradients, size = block.operands, block.gradients, block.tiles.queries
+
+    def sources(step: Index) -> Any:
+        member, tile = lax.div(step, block.steps), lax.rem(step, block.steps) + block.bounds.first
+        head, rows = block.query_head(member), pl.ds(tile * size, size)
+        wide, narrow = (block.batch, rows, head), (block.batch, head, rows)
+        references = operands.q.at[wide], gradients.d_out.at[wide]
+        numbers = gradients.lse.at[narrow], gradients.delta.at[narrow]
+        return ((*references, *numbers, *tile_parts(operands.bias, block.batch, head, block.tile, tile)),)
+
+    copy_all((block.scratch.queries,), block.steps * block.problem.group, sources)
+
+
+def _compute(block: _Block, dk: Ref, dv: Ref) -> None:
+    plgpu.set_max_registers(REGISTERS_TO_COMPUTE, action="increase")
+    problem, operands, scratch = block.problem, block.operands, block.scratch
+    index = (block.batch, pl.ds(block.first_key, block.tiles.keys), block.head)
+    keys, values, loaded = (ref.at[block.warpgroup] for ref in (scratch.keys, scratch.values, scratch.loaded))
+    plgpu.copy_gmem_to_smem(operands.k.at[index], keys, loaded)
+    plgpu.copy_gmem_to_smem(operands.v.at[index], values, loaded)
+    plgpu.barrier_wait(loaded)
+    zeros = problem.operations.filled_tile((block.tiles.keys, problem.width), 0)
+
+    def of_member(member: Array, totals: Totals) -> Totals:
+        step = functools.partial(_step, block, (keys, values), member)
+        return lax.fori_loop(block.bounds.first, block.bounds.end, step, totals)
+
+    d_keys, d_values = lax.fori_loop(0, problem.group, of_member, (zeros, zeros))
+    keys[...] = (d_keys * problem.scale).astype(keys.dtype)
+    values[...] = d_values.astype(values.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(keys, dk.at[index])
+    plgpu.copy_smem_to_gmem(values, dv.at[index])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _step(block: _Block, held: tuple[Ref, Ref], member: Array, tile: Array, totals: Totals) -> Totals:
+    problem, operations, ring = block.problem, block.problem.operations, block.scratch.queries
+    (keys, values), (d_keys, d_values) = held, totals
+    slot = ring.slot(member * block.steps + tile - block.bounds.first)
+    ring.wait(slot)
+    queries, d_out, lse, delta = (buffer.at[slot] for buffer in ring.buffers[:4])
+
+    def respond(products: Array) -> tuple[Array, Array]:
+        found = _scores(block, slot, member, tile, products)
+        weights, response = weigh(problem, found, operations.column_values(lse), 1)
+        return weights.astype(problem.dtype), response
+
+    if problem.width > 64:  # one product after the other, for want of registers
+        weights, response = respond(operations.product(keys, queries))
+        d_values = operations.add_product(d_values, weights, d_out)
+        d_scores = _score_gradient(block, response, operations.product(values, d_out), delta)
+        d_keys = operations.add_product(d_keys, d_scores, queries)
+    else:
+        (weights, response), d_weights = operations.two_products((keys, queries), (values, d_out), respond)
+        d_scores = _score_gradient(block, response, d_weights, delta)
+        pairs = (d_scores, queries), (weights, d_out)
+        d_keys, d_values = operations.add_two_products(totals, pairs)
+    ring.release(slot)
+    return d_keys, d_values
+
+
+def _score_gradient(block: _Block, response: Array, d_weights: Array, delta: Ref) -> Array:
+    values = block.problem.operations.column_values(delta)
+    return score_gradient(response, d_weights, values, 1).astype(block.problem.dtype)
+
+
+def _scores(block: _Block, slot: Array, member: Array, tile: Array, products: Array) -> Scores:
+    operands, operations, sizes = block.operands, block.problem.operations, block.tiles
+    first_query, distance = tile * sizes.queries, None
+    if isinstance(operands.bias, Slopes):
+        distance = operands.bias.distance(operations, products.shape, first_query, block.first_key, 0)
+    buffer = block.scratch.queries.buffers[-1]
+    bias = tile_values(
+        operations,
+        operands.bias,
+        lambda: buffer.at[slot, block.warpgroup],
+        block.query_head(member),
+        distance,
+    )
+    found = scores(block.problem, products, bias)
+    queries, keys = pl.ds(first_query, sizes.queries), pl.ds(block.first_key, sizes.keys)
+
+    def apply(value: Array) -> Array:
+        visible = read_visible(operations, operands.mask, block.batch, queries, keys, 1)
+        return mask_scores(operations, value, visible, block.first_key, 0)
+
+    return found._replace(value=where_needed(operands.mask, block.bounds, tile, found.value, apply))

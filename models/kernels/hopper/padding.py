@@ -1,0 +1,78 @@
+"""Attention of any lengths and widths by kernels that take whole tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from ..biases import Bias
+from ..ranges import ranges
+from ..terms import Terms
+from ..varying import vary, varying_axes
+from .attend import Inputs, Plan, attend
+from .operations import Interpreted, Warpgroup
+from .problem import Problem, Tiles
+from .tiling import padded_ranges
+
+MULTIPLE = 128  # of lengths: what a block of the kernels holds
+
+
+def padded_attention(
+    q: Array, k: Array, v: Array, terms: Terms, interpret: Any = None
+) -> tuple[Array, Array]:
+    """Output `[B, T, H, K]` and log-sum-exp `[B, H, T]`, float32.
+
+    Lengths are padded to multiples of 128 and widths to 64 or 128; where they are, nothing is copied.
+    """
+    given = (q, k, v, terms)
+    q, k, v, terms = vary(given, varying_axes(given))
+    queries, keys, width = q.shape[1], k.shape[1], v.shape[3]
+    problem = _problem(q, k, v, terms, interpret)
+    seen = padded_ranges(ranges(terms.mask, queries, keys), keys, problem)
+    lengths = (problem.queries, problem.keys, problem.keys)
+    q, k, v = (_padded(x, length, problem.width) for x, length in zip((q, k, v), lengths))
+    bias = None if terms.bias is None else terms.bias.extended(problem.queries, problem.keys)
+    out, lse = attend(problem, plan(bias), Inputs(q, k, v, seen, bias))
+    out, lse = out[:, :queries, :, :width], lse[:, :, :queries]
+    return (out, lse) if terms.sinks is None else _with_sinks(out, lse, jnp.asarray(terms.sinks))
+
+
+def plan(bias: Bias | None) -> Plan:
+    """Tile sizes, after what tokamax's autotuning found for its like kernels on an H100.
+
+    tokamax (openxla/tokamax), tuning tables of its Mosaic GPU flash attention. Larger tiles than these spill
+    registers, or with those of a bias exceed shared memory: docs/results/attention_hopper_compiled.md.
+    """
+    backward = Tiles(64, 64, 2)
+    return Plan(Tiles(64, 128 if bias is None else 64, 2), backward, backward, backward)
+
+
+def _problem(q: Array, k: Array, v: Array, terms: Terms, interpret: Any) -> Problem:
+    return Problem(
+        batch=q.shape[0],
+        queries=-(-q.shape[1] // MULTIPLE) * MULTIPLE,
+        keys=-(-k.shape[1] // MULTIPLE) * MULTIPLE,
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        width=64 if max(q.shape[3], v.shape[3]) <= 64 else 128,
+        dtype=q.dtype,
+        scale=terms.scale,
+        soft_cap=terms.soft_cap,
+        operations=Warpgroup() if interpret is None else Interpreted(interpret),
+    )
+
+
+def _padded(array: Array, length: int, width: int) -> Array:
+    """Zeros up to `length` positions and `width` numbers each."""
+    widths = [(0, 0), (0, length - array.shape[1]), (0, 0), (0, width - array.shape[3])]
+    return jnp.pad(array, widths) if any(map(sum, widths)) else array
+
+
+def _with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """A sink adds to the softmax's sum alone: the output shrinks as the log-sum-exp grows."""
+    total = jnp.logaddexp(lse, sinks.astype(lse.dtype)[None, :, None])
+    none = total == -jnp.inf
+    share = jnp.where(none, 0.0, jnp.exp(lse - jnp.where(none, 0.0, total)))
+    return (out * share.transpose(0, 2, 1)[..., None]).astype(out.dtype), total

@@ -1,0 +1,29 @@
+"""The Hopper kernels run by Pallas's GPU interpreter on a CPU, with race detection.
+
+Products and layouts are replaced there (see `operations`): this tests indices, masks, barriers and copies.
+"""
+
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from modicum.models.kernels.hopper import Hopper
+
+from .cases import CASES, assert_within_twice_plain
+
+# the interpreter compiles a kernel again for each thread of each block
+pytestmark = pytest.mark.usefixtures("quick_compile")
+# and so takes three seconds a block: some cases are for GPUs alone
+ALONE = ("full", "window", "prefix, longer keys", "no key for most", "bucketed bias, far tiles")
+INTERPRETED = Hopper(interpret=InterpretGPUParams(detect_races=True))
+
+
+def interpreted(case):
+    return pytest.param(case, id=case.name, marks=[] if case.name == "ALiBi" else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", [interpreted(case) for case in CASES if case.name not in ALONE])
+def test_within_twice_the_error_of_plain_attention(case):
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    assert_within_twice_plain(case, INTERPRETED)
+    assert not gpu_callbacks.get_races().races_found
