@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -19,36 +20,31 @@ MIB = 1 << 20
 def times_table(seen: Seen) -> Table:
     """A row a length and contender: time, processor time, rate and temporary memory of each pass."""
     passes = (False, True) if any(timed.backward for timed in seen.timed) else (False,)
-    names = [
-        f"{what}{unit}" for unit in (" ms", " CPU ms", " TFLOP/s", " temp MiB") for what in _passes(passes)
-    ]
-    keys = dict.fromkeys((timed.length, timed.contender) for timed in seen.timed)
+    unit = "TFLOP/s" if max(timed.rate(seen.job) for timed in seen.timed) >= 1 else "GFLOP/s"
+    quantities = {"ms": _wall, "CPU ms": _cpu, unit: _rate(seen, unit), "temp MiB": _temporary}
+    columns = [f"{'f+b' if both else 'f'} {name}" for name in quantities for both in passes]
     by_key = {(timed.length, timed.contender, timed.backward): timed for timed in seen.timed}
     rows: list[tuple[Cell, ...]] = []
-    for length, contender in keys:
+    for length, contender in dict.fromkeys(key[:2] for key in by_key):
         found = [by_key[length, contender, backward] for backward in passes]
-        cells = [f(seen, timed) for f in (_wall, _cpu, _rate, _temporary) for timed in found]
-        rows.append((length, contender, *cells))
-    return Table(("length", "attention", *names), tuple(rows), "Medians over the rounds")
+        rows.append((length, contender, *(cell(timed) for cell in quantities.values() for timed in found)))
+    return Table(("length", "attention", *columns), tuple(rows), "Medians over the rounds")
 
 
-def _passes(passes: tuple[bool, ...]) -> list[str]:
-    return ["f+b" if backward else "f" for backward in passes]
+def _wall(timed: Timed) -> Cell:
+    return round(1e3 * median(timed.wall), 4)
 
 
-def _wall(seen: Seen, timed: Timed) -> Cell:
-    return round(1e3 * median(timed.wall), 2)
+def _cpu(timed: Timed) -> Cell:
+    return round(1e3 * median(timed.cpu), 4)
 
 
-def _cpu(seen: Seen, timed: Timed) -> Cell:
-    return round(1e3 * median(timed.cpu), 2)
+def _rate(seen: Seen, unit: str) -> Callable[[Timed], Cell]:
+    scale = 1 if unit == "TFLOP/s" else 1e3
+    return lambda timed: float(f"{scale * timed.rate(seen.job):.3g}")
 
 
-def _rate(seen: Seen, timed: Timed) -> Cell:
-    return float(f"{timed.rate(seen.job):.3g}")
-
-
-def _temporary(seen: Seen, timed: Timed) -> Cell:
+def _temporary(timed: Timed) -> Cell:
     return None if timed.temporary is None else round(timed.temporary / MIB, 1)
 
 

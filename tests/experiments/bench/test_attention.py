@@ -78,8 +78,10 @@ def test_rates_are_of_medians():
     flops = 4 * 2 * 8 * (16 * 17 / 2)
     timed = Timed("chunked", 16, False, 2 << 20, wall=[1.0, 4e-3, 2e-3], cpu=[3e-3, 1e-3, 2e-3])
     seen = Seen(job, [timed], {"tpu": "no"}, ["jax"], [0.0, 0.0])
-    assert times_table(seen).rows == ((16, "chunked", 4.0, 2.0, float(f"{flops / 4e-3 / 1e12:.3g}"), 2.0),)
-    assert "Without tpu: no." in summary(seen)
+    assert times_table(seen).rows == ((16, "chunked", 4.0, 2.0, float(f"{flops / 4e-3 / 1e9:.3g}"), 2.0),)
+    assert "Without tpu: no." in summary(seen) and "f GFLOP/s" in times_table(seen).columns
+    timed.wall[:] = [1e-9]
+    assert "f TFLOP/s" in times_table(seen).columns
 
 
 def test_tuning_writes_what_chunked_reads(tmp_path, monkeypatch, capsys):
