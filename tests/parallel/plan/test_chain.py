@@ -1,0 +1,72 @@
+"""The chain's schedule is right, holds what it says it holds, and is never worse than sqrt(L)
+checkpointing.
+"""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modicum import InputError
+from modicum.parallel.plan import Chain
+
+
+def uniform(count, budget, whole=4):
+    return Chain([1.0] * count, [2.0] * count, [1] * (count + 1), [whole] * count, budget)
+
+
+def sqrt_checkpointing(count, whole=4):
+    """Memory and time: inputs of segments of sqrt(L) layers kept, each segment but the last recomputed
+    once.
+    """
+    segment = math.isqrt(count)
+    memory = (count // segment - 1) + segment * whole + 1
+    return memory, 3.0 * count + (count - segment)
+
+
+@pytest.mark.parametrize("count", [4, 9, 16, 25])
+def test_it_is_never_worse_than_sqrt_checkpointing(count):
+    memory, time = sqrt_checkpointing(count)
+    assert uniform(count, memory).makespan <= time
+
+
+def test_it_is_better_where_recomputing_twice_pays():
+    """With less memory than sqrt(L) checkpointing takes, there is still a schedule."""
+    memory, _ = sqrt_checkpointing(16)
+    assert math.isfinite(uniform(16, memory - 4).makespan)
+
+
+def test_everything_is_computed_once_where_it_fits():
+    assert uniform(6, 6 * 4 + 1).makespan == 18.0
+    assert uniform(6, 6 * 4).makespan > 18.0
+
+
+COSTS = st.integers(1, 6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(COSTS, COSTS, st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=6),
+    st.integers(3, 40),
+)
+def test_more_memory_is_never_slower_and_the_schedule_takes_the_time_it_should(stages, budget):
+    forward, backward, sizes, more = (list(column) for column in zip(*stages))
+    sizes = [*sizes, 1]
+    saved = [sizes[i + 1] + more[i] for i in range(len(more))]
+    chain = Chain([float(f) for f in forward], [float(b) for b in backward], sizes, saved, budget)
+    roomier = Chain(chain.forward, chain.backward, sizes, saved, budget + 3)
+    assert roomier.makespan <= chain.makespan
+    if math.isfinite(chain.makespan):
+        order = chain.schedule()
+        time = sum(chain.backward[i] if what == "back" else chain.forward[i] for what, i in order)
+        assert time == chain.makespan
+        assert [i for what, i in order if what == "back"] == list(reversed(range(len(forward))))
+        for position, (what, stage) in enumerate(order):  # saved before it is needed, and not used up since
+            if what == "back":
+                assert ("save", stage) in order[:position]
+
+
+def test_too_small_a_budget_says_so():
+    with pytest.raises(InputError, match="budget of 2 is too small"):
+        uniform(4, 2).schedule()
