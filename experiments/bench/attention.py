@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from ... import InputError
 from .attention_job import AttentionJob
 from .processes import Worker
 from .training import check
 
 Report = Callable[[str], None]
+SHORTEST = 0.02
+"""Seconds that a turn should take at least, by calling several times."""
+MOST_CALLS = 100
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Seen:
     left_out: dict[str, str] = field(default_factory=dict)
     versions: list[str] = field(default_factory=list)
     load: list[float] = field(default_factory=list)
+    without: tuple[str, ...] = ()
 
 
 def measure_attention(
@@ -52,19 +57,22 @@ def measure_attention(
     lengths: Sequence[int],
     rounds: int,
     backward: bool = True,
-    torch: bool = True,
+    without: Sequence[str] = (),
     cpu: bool = False,
     threads: int = 0,
     report: Report = print,
 ) -> Seen:
-    """Let all take turns at each length. JAX and PyTorch have a process each; PyTorch may be missing.
+    """Let all but those named in `without` take turns at each length.
+
+    JAX and PyTorch have a process each; PyTorch may be missing.
 
     With one round nobody has a turn before it, so that long sequences can be measured on small machines.
     """
     check(rounds=rounds, lengths=len(lengths), length=min(lengths, default=1))
-    seen = Seen(job, load=[os.getloadavg()[0]])
-    kinds = ["jax", *(["torch"] if torch and importlib.util.find_spec("torch") else [])]
-    if torch and len(kinds) == 1:
+    seen = Seen(job, without=tuple(without), load=[os.getloadavg()[0]])
+    kinds = ["jax"] if "SDPA" in without else ["jax", "torch"]
+    if "torch" in kinds and not importlib.util.find_spec("torch"):
+        kinds.remove("torch")
         seen.left_out["SDPA"] = "torch is not installed; pip install 'modicum[peers]'"
     with ExitStack() as stack:
         workers = []
@@ -75,37 +83,62 @@ def measure_attention(
             seen.versions.append(worker.versions)
         for length in lengths:
             for both in (False, True) if backward else (False,):
-                _measure(seen, workers, length, both, rounds, report)
+                measure_rounds(seen, workers, length, both, rounds, report)
     seen.load.append(os.getloadavg()[0])
     return seen
 
 
-def _measure(
+@dataclass
+class Turn:
+    """A contender that takes part at one length, in its process."""
+
+    worker: Worker
+    timed: Timed
+    calls: int = 1
+    sample: list[float] = field(default_factory=list)
+
+    def take(self) -> dict[str, Any]:
+        """One turn, of so many calls that its time is not that of the clock."""
+        timed = self.timed
+        given = {"name": timed.contender, "backward": timed.backward, "calls": self.calls}
+        answer = self.worker.ask(what="attend", **given)
+        if "left_out" not in answer:
+            self.sample = answer["sample"]
+            self.calls = min(MOST_CALLS, max(1, int(SHORTEST / max(answer["wall"], 1e-9))))
+        return answer
+
+
+def measure_rounds(
     seen: Seen, workers: Sequence[Worker], length: int, backward: bool, rounds: int, report: Report
 ) -> None:
-    what = "forward and backward" if backward else "forward"
-    report(f"length {length}, {what}: compiling")
-    entered: list[tuple[Worker, Timed, dict[str, Any]]] = []
-    for worker in workers:
-        for name, reason in worker.ask(what="contenders", length=length).items():
-            if reason:
-                seen.left_out[name] = reason
-                continue
-            given = {"name": name, "backward": backward}
-            ready = worker.ask(what="prepare", length=length, **given)
-            entered.append((worker, Timed(name, length, backward, ready["temporary"]), given))
-    samples: dict[str, list[float]] = {}
+    """Let the contenders of these processes take turns at one length, and add what they took to `seen`."""
+    what = f"length {length}, {'forward and backward' if backward else 'forward'}"
+    report(f"{what}: compiling")
+    turns = [turn for worker in workers for turn in _enter(seen, worker, length, backward)]
     for index in range(rounds + (rounds > 1)):
-        report(f"length {length}, {what}: " + (f"round {index} of {rounds}" if index else "the first"))
-        for worker, timed, given in entered:
-            answer = worker.ask(what="attend", **given)
-            samples[timed.contender] = answer["sample"]
-            if index or rounds == 1:
-                timed.wall.append(answer["wall"])
-                timed.cpu.append(answer["cpu"])
-    base = samples[entered[0][1].contender]
-    for _, timed, _ in entered:
-        timed.apart = max(abs(a - b) for a, b in zip(base, samples[timed.contender]))
-        seen.timed.append(timed)
+        report(f"{what}: " + (f"round {index} of {rounds}" if index else "the first"))
+        for turn in list(turns):
+            answer = turn.take()
+            if reason := answer.get("left_out"):
+                seen.left_out[f"{turn.timed.contender} at {length}"] = reason
+                turns.remove(turn)
+            elif index or rounds == 1:
+                turn.timed.wall.append(answer["wall"])
+                turn.timed.cpu.append(answer["cpu"])
+    if not turns:
+        raise InputError(f"nobody is left to measure at length {length}: {seen.left_out or seen.without}")
+    for turn in turns:
+        turn.timed.apart = max(abs(a - b) for a, b in zip(turns[0].sample, turn.sample))
+        seen.timed.append(turn.timed)
     for worker in workers:
         worker.ask(what="forget")
+
+
+def _enter(seen: Seen, worker: Worker, length: int, backward: bool) -> Iterator[Turn]:
+    """Who of a process takes part, compiled; reasons of others are kept."""
+    for name, reason in worker.ask(what="contenders", length=length).items():
+        if reason and name not in seen.without:
+            seen.left_out[name] = reason
+        elif name not in seen.without:
+            ready = worker.ask(what="prepare", name=name, length=length, backward=backward)
+            yield Turn(worker, Timed(name, length, backward, ready["temporary"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -38,6 +39,8 @@ class JaxAttention:
 
     def __init__(self, job: AttentionJob) -> None:
         self.job = job
+        # half of a GPU's memory, before JAX takes most of it: PyTorch's process is on the same GPU
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
         device = jax.devices()[0]
         self.versions = f"jax {jax.__version__} on {device.device_kind}"
         self.ready: dict[tuple[str, bool], Callable[[], Any]] = {}
@@ -70,12 +73,18 @@ class JaxAttention:
             return out, pull(d_out)
 
         compiled = jax.jit(both if backward else forward).lower(q, k, v, bias).compile()
-        self.ready[name, backward] = lambda: jax.block_until_ready(compiled(q, k, v, bias))
-        return {"temporary": compiled.memory_analysis().temp_size_in_bytes}
+        self.ready[name, backward] = lambda: compiled(q, k, v, bias)
+        analysis = compiled.memory_analysis()
+        return {"temporary": None if analysis is None else analysis.temp_size_in_bytes}
 
-    def attend(self, name: str, backward: bool) -> Any:
-        """One call, waited for."""
-        return self.ready[name, backward]()
+    def attend(self, name: str, backward: bool, calls: int = 1) -> Any:
+        """So many calls, waited for: on an accelerator the last, on a CPU, where they would overlap, each."""
+        overlap = jax.default_backend() == "cpu"
+        for _ in range(calls):
+            result = self.ready[name, backward]()
+            if overlap:
+                jax.block_until_ready(result)
+        return jax.block_until_ready(result)
 
     def sample(self, result: Any) -> list[float]:
         """Some numbers of what `attend` gave, evenly over the first row's output."""
@@ -121,7 +130,8 @@ class JaxAttention:
         """Attention as a contender computes it, of q, k, v and bias."""
         mask = self.mask(length)
         if name.startswith("jax.nn"):
-            return lambda *given: jax_nn(*given, mask, "cudnn" if name.endswith("cuDNN") else "xla")
+            kernel = "cudnn" if name.endswith("cuDNN") else "xla"
+            return lambda q, k, v, bias: jax_nn(q, k, v, bias, mask, kernel)
         impl = "reference" if name == "plain softmax" else name
         return lambda q, k, v, bias: attention(q, k, v, mask=mask, bias=bias, impl=impl)
 

@@ -26,8 +26,11 @@ def times_table(seen: Seen) -> Table:
     by_key = {(timed.length, timed.contender, timed.backward): timed for timed in seen.timed}
     rows: list[tuple[Cell, ...]] = []
     for length, contender in dict.fromkeys(key[:2] for key in by_key):
-        found = [by_key[length, contender, backward] for backward in passes]
-        rows.append((length, contender, *(cell(timed) for cell in quantities.values() for timed in found)))
+        found = [by_key.get((length, contender, backward)) for backward in passes]
+        cells = (
+            cell(timed) if timed is not None else None for cell in quantities.values() for timed in found
+        )
+        rows.append((length, contender, *cells))
     return Table(("length", "attention", *columns), tuple(rows), "Medians over the rounds")
 
 

@@ -49,9 +49,10 @@ class TorchAttention:
         self.ready[name, backward] = call
         return {"temporary": self.temporary(call)}
 
-    def attend(self, name: str, backward: bool) -> Any:
-        """One call, waited for."""
-        result = self.ready[name, backward]()
+    def attend(self, name: str, backward: bool, calls: int = 1) -> Any:
+        """So many calls, waited for."""
+        for _ in range(calls):
+            result = self.ready[name, backward]()
         if self.device == "cuda":
             torch.cuda.synchronize()
         return result

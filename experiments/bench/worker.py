@@ -65,8 +65,8 @@ class Attender(Protocol):
     def prepare(self, name: str, length: int, backward: bool) -> dict[str, Any]:
         """Compile what `attend` will run; `temporary` bytes of memory, where they are known."""
 
-    def attend(self, name: str, backward: bool) -> Any:
-        """One call, waited for."""
+    def attend(self, name: str, backward: bool, calls: int = 1) -> Any:
+        """So many calls, waited for; the last one's result."""
 
     def sample(self, result: Any) -> list[float]:
         """Some numbers of the output."""
@@ -161,11 +161,21 @@ def measure(contender: Any, what: str, **arguments: Any) -> dict[str, Any]:
         case "contenders" | "prepare":
             return getattr(contender, what)(**arguments)
         case "attend":
-            result, timing = timed(lambda: contender.attend(**arguments))
-            return {"sample": contender.sample(result), "wall": timing.wall, "cpu": timing.cpu}
+            return attended(contender, **arguments)
         case "forget":
             return {"forgotten": contender.forget() is None}
     raise ValueError(f"no command is called {what!r}")
+
+
+def attended(contender: Attender, calls: int, **arguments: Any) -> dict[str, Any]:
+    """What a call took on average, or that memory was not enough; other errors end the process."""
+    try:
+        result, timing = timed(lambda: contender.attend(calls=calls, **arguments))
+    except RuntimeError as error:  # both libraries' errors are of this kind
+        if not any(words in str(error).lower() for words in ("resource_exhausted", "out of memory")):
+            raise
+        return {"left_out": "it is out of memory"}
+    return {"sample": contender.sample(result), "wall": timing.wall / calls, "cpu": timing.cpu / calls}
 
 
 def resident(field: str = "VmRSS") -> int:

@@ -41,8 +41,8 @@ class AttentionBench:
     """Turns of each contender, after one that is not counted (with 1: none is)."""
     forward_only: bool = False
     """Without the backward pass."""
-    torch: bool = True
-    """Whether PyTorch takes part, where it is installed."""
+    without: tuple[str, ...] = ()
+    """Who does not take part: names as the table has them, such as SDPA or "plain softmax"."""
     cpu: bool = False
     """On the processors even where there is an accelerator."""
     threads: int = 0
@@ -86,7 +86,7 @@ class AttentionBench:
             lengths=self.lengths,
             rounds=self.rounds,
             backward=not self.forward_only,
-            torch=self.torch,
+            without=self.without,
             cpu=self.cpu,
             threads=self.threads,
             report=say,

@@ -226,8 +226,9 @@ def _floating_leaves(terms: Terms) -> tuple[list[Array], Callable[..., Terms]]:
 
     def rebuild(given: list[Array], others: bool = True) -> Terms:
         remaining = iter(given)
-        return structure.unflatten(
-            next(remaining) if choice else leaf if others else None for choice, leaf in zip(chosen, leaves)
+        kept = leaves if others else [None] * len(leaves)
+        return jax.tree.unflatten(
+            structure, [next(remaining) if choice else leaf for choice, leaf in zip(chosen, kept)]
         )
 
     return [leaf for leaf, choice in zip(leaves, chosen) if choice], rebuild

@@ -14,7 +14,7 @@ from jax import Array, lax
 from ... import InputError
 from .biases import Bias
 from .front import request_of
-from .masks import Causal, Full, Lengths, Mask, Sizes
+from .masks import Causal, Lengths, Mask, Sizes
 from .paged import Paged, check_pages, choose_decoder
 from .reference import masked_scores, softmax
 from .spans import accumulation_dtype
@@ -71,7 +71,10 @@ def decode_attention(
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if isinstance(k, Paged) and isinstance(v, Paged):
-        out, lse = _on_pages(q, k, v, lengths, Terms(Full(), bias, scale, soft_cap, sinks), mask, impl)
+        lengths = check_pages(q, k, v, lengths)
+        terms = Terms(_mask_of_pages(q, k, lengths, mask), bias, scale, soft_cap, sinks)
+        request = dataclasses.replace(request_of(q, k, v, terms, return_lse), page=k.pages.shape[1])
+        out, lse = choose_decoder(request, impl)(q, k, v, lengths, terms)
     elif isinstance(k, Joined) and isinstance(v, Joined) and mask is not None:
         mask = mask if lengths is None else mask & Lengths(lengths)
         out, lse = _on_joined(q, k, v, Terms(mask, bias, scale, soft_cap, sinks))
@@ -80,18 +83,13 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
-def _on_pages(
-    q: Array, k: Paged, v: Paged, lengths: Array | None, terms: Terms, mask: Mask | None, impl: str
-) -> tuple[Array, Array]:
-    if lengths is None:
-        raise InputError("decode_attention needs lengths [B] on paged keys and values")
-    check_pages(q, k, v, lengths)
-    mask = Causal(lengths - q.shape[1]) if mask is None else mask
+def _mask_of_pages(q: Array, k: Paged, lengths: Array, mask: Mask | None) -> Mask:
+    """The given mask, checked; without one the queries are the last of each row."""
+    if mask is None:
+        return Causal(lengths - q.shape[1])
     if reason := mask.mismatch(Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])):
         raise InputError(f"decode_attention: {reason}")
-    terms = dataclasses.replace(terms, mask=mask)
-    request = dataclasses.replace(request_of(q, k, v, terms, lse=True), page=k.pages.shape[1])
-    return choose_decoder(request, impl)(q, k, v, lengths, terms)
+    return mask
 
 
 def _on_joined(q: Array, k: Joined, v: Joined, terms: Terms) -> tuple[Array, Array]:

@@ -100,8 +100,10 @@ def choose_decoder(request: Request, impl: str) -> Decoder:
     return pick(DECODERS, request, impl)
 
 
-def check_pages(q: Array, k: Paged, v: Paged, lengths: Array) -> None:
-    """Raise InputError where the arrays of a call on pages do not fit each other."""
+def check_pages(q: Array, k: Paged, v: Paged, lengths: Array | None) -> Array:
+    """The lengths; raises InputError where there are none or the arrays of the call do not fit each other."""
+    if lengths is None:
+        raise InputError("decode_attention needs lengths [B] on paged keys and values")
     reasons = [k.mismatch("k"), v.mismatch("v")]
     if not any(reasons):
         batch, _, heads, width = q.shape
@@ -116,3 +118,4 @@ def check_pages(q: Array, k: Paged, v: Paged, lengths: Array) -> None:
             reasons.append(f"lengths are {found}; they must be int32 [{batch}], how many keys a row has")
     if reason := next(filter(None, reasons), None):
         raise InputError(f"decode_attention: {reason}")
+    return lengths

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from modicum import InputError
-from modicum.experiments.bench.attention import Seen, Timed
+from modicum.experiments.bench.attention import Seen, Timed, measure_rounds
 from modicum.experiments.bench.attention_jax import JaxAttention
 from modicum.experiments.bench.attention_job import BIASES, MASKS, AttentionJob
 from modicum.experiments.bench.attention_report import summary, times_table
+from modicum.experiments.bench.worker import attended
 from modicum.experiments.commands.bench_attention import AttentionBench
 from modicum.models.kernels.spans import Span
 
@@ -45,11 +46,15 @@ def test_contenders_compute_the_same(mask, bias):
 
 @pytest.mark.slow
 def test_the_command_writes_its_table_and_every_timing(capsys, tmp_path):
-    assert AttentionBench(**TINY, torch=False, out=tmp_path).run() == 0
+    assert AttentionBench(**TINY, without=("SDPA", "plain softmax"), out=tmp_path).run() == 0
     printed = capsys.readouterr().out
     assert "B=1 H=2 G=1 K=8 float32, mask causal" in printed and "Without cudnn: it runs on NVIDIA" in printed
     run, *lines = map(json.loads, (tmp_path / "attention.jsonl").read_text().splitlines())
-    assert run["job"]["kv_heads"] == 1 and {line["contender"] for line in lines} >= {"chunked", "jax.nn"}
+    assert run["job"]["kv_heads"] == 1 and {line["contender"] for line in lines} == {
+        "whole",
+        "chunked",
+        "jax.nn",
+    }
     assert all(len(line["wall"]) == 2 and min(line["wall"]) > 0 and line["apart"] < 1e-4 for line in lines)
     assert {line["backward"] for line in lines} == {True, False}
     assert (tmp_path / "attention.csv").read_text().startswith("length,attention,f ms,f+b ms")
@@ -71,6 +76,53 @@ def test_sdpa_computes_the_same(mask, bias):
     assert isinstance(found[1][0], torch.Tensor)
     for a, b in zip(gradients[:3], found[1]):
         np.testing.assert_allclose(a, b.transpose(1, 2), atol=1e-4)
+
+
+class Scripted:
+    """A worker whose contenders take given seconds, or more memory than there is."""
+
+    def __init__(self, seconds):
+        self.seconds, self.calls = seconds, []
+
+    def ask(self, what, **given):
+        match what:
+            case "contenders":
+                return dict.fromkeys(self.seconds, "") | {"other": "it cannot"}
+            case "prepare":
+                return {"temporary": 0}
+            case "attend":
+                self.calls.append((given["name"], given["calls"]))
+                seconds = self.seconds[given["name"]]
+                return (
+                    {"sample": [1.0, seconds], "wall": seconds, "cpu": seconds}
+                    if seconds
+                    else {"left_out": "full"}
+                )
+
+
+def test_short_calls_are_repeated_and_who_has_no_memory_left_is_left_out():
+    seen, worker = Seen(AttentionJob()), Scripted({"slow": 0.5, "fast": 1e-3, "large": 0})
+    measure_rounds(seen, [worker], 64, False, rounds=2, report=lambda line: None)
+    assert [timed.contender for timed in seen.timed] == ["slow", "fast"]
+    assert [len(timed.wall) for timed in seen.timed] == [2, 2]
+    assert seen.left_out == {"other": "it cannot", "large at 64": "full"}
+    assert seen.timed[1].apart == pytest.approx(0.499)
+    assert [calls for name, calls in worker.calls if name == "fast"] == [1, 20, 20]
+    assert [calls for name, calls in worker.calls if name == "slow"] == [1, 1, 1]
+    assert [name for name, _ in worker.calls].count("large") == 1
+    with pytest.raises(InputError, match="nobody is left to measure at length 64"):
+        measure_rounds(Seen(AttentionJob(), without=("slow", "fast", "large")), [worker], 64, False, 2, print)
+
+
+def test_memory_that_is_not_enough_is_told_and_other_errors_are_raised():
+    class Failing:
+        def attend(self, error, calls):
+            raise RuntimeError(error)
+
+    assert attended(Failing(), 1, error="RESOURCE_EXHAUSTED: 12 GB") == {"left_out": "it is out of memory"}
+    assert attended(Failing(), 1, error="CUDA out of memory") == {"left_out": "it is out of memory"}
+    with pytest.raises(RuntimeError, match="a bug"):
+        attended(Failing(), 1, error="a bug")
 
 
 def test_rates_are_of_medians():
