@@ -18,9 +18,14 @@ class Choosable(Protocol):
     """What a choice asks of a candidate: see `Implementation`, whose methods these are."""
 
     @property
-    def name(self) -> str: ...
-    def supports(self, request: Request) -> str | None: ...
-    def unfit(self, request: Request) -> str | None: ...
+    def name(self) -> str:
+        """What `impl=` calls it."""
+
+    def supports(self, request: Request) -> str | None:
+        """None, or the reason why it cannot compute the request."""
+
+    def unfit(self, request: Request) -> str | None:
+        """None, or the reason to look for another one."""
 
 
 Candidate = TypeVar("Candidate", bound=Choosable)
