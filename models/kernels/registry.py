@@ -11,6 +11,7 @@ from .cudnn import CuDNN
 from .hopper import Hopper
 from .reference import Reference
 from .request import Implementation, Request
+from .tpu import Tpu
 from .whole import Whole
 
 
@@ -33,6 +34,7 @@ logger = logging.getLogger("modicum.kernels")
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Whole(),
+    Tpu(),
     Hopper(),
     Chunked(),
     Reference(),
