@@ -21,7 +21,7 @@ from .scores import Scores, product
 
 
 def forward(plan: Plan, q: Array, k: Array, v: Array, terms: Terms, dtype: Any) -> tuple[Array, Array]:
-    """Output `[B, H, T, V]` in `dtype` and log-sum-exp `[B, H, T]`; q `[B, H, T, K]`, k, v `[B, G, S, ..]`."""
+    """Output `[B, H, T, V]` in `dtype` and log-sum-exp `[B, H, T]`, of arrays laid heads first."""
     frame = Frame(plan, plan.forward, plan.repeats, keys_first=False)
     scores, walk = Scores.of(frame, terms), by_queries(frame, terms)
     scalars = scores.scalars()
