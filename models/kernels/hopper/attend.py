@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..biases import ALiBi, Bias, Bucketed, Dense
-from ..ranges import Ranges
 from .bias_gradient import bias_gradient
 from .bias_tiles import bucket_sums, operand
 from .forward import forward
@@ -32,12 +31,12 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What attention is a function of, padded to what a `Problem` says."""
+    """What attention is a function of, padded to what a `Problem` says; a gradient has no `seen`."""
 
     q: Array
     k: Array
     v: Array
-    seen: Ranges
+    seen: Any  # Ranges
     bias: Bias | None
 
 
@@ -84,21 +83,20 @@ def _bias_gradient(
     problem: Problem, tiles: Tiles, inputs: Inputs, gradients: Gradients, d_slopes: Array | None
 ) -> Bias | None:
     """A tree like the bias; `d_slopes [B, H, T]` is what the other kernels found of ALiBi's."""
-    match inputs.bias:
-        case None:
-            return None
-        case ALiBi(slopes=slopes) as bias:
-            assert d_slopes is not None
-            return dataclasses.replace(bias, slopes=d_slopes.sum((0, 2)).astype(slopes.dtype))
+    bias = inputs.bias
+    if bias is None:
+        return None
+    if isinstance(bias, ALiBi):
+        assert d_slopes is not None
+        return dataclasses.replace(bias, slopes=d_slopes.sum((0, 2)).astype(bias.slopes.dtype))
     operands = _over_keys(problem, tiles, inputs)
     found = bias_gradient(problem, tiles, operands, gradients)
-    match inputs.bias:
-        case Dense(values=values) as bias:
-            return dataclasses.replace(bias, values=found.astype(values.dtype))
-        case Bucketed() as bias:
-            table = bucket_sums(bias, found, CONSUMERS * tiles.queries, tiles.keys)
-            return dataclasses.replace(bias, table=table)
-    raise AssertionError(f"{type(inputs.bias).__name__} has no gradient here")
+    if isinstance(bias, Dense):
+        return dataclasses.replace(bias, values=found.astype(bias.values.dtype))
+    if isinstance(bias, Bucketed):
+        table = bucket_sums(bias, found, CONSUMERS * tiles.queries, tiles.keys)
+        return dataclasses.replace(bias, table=table)
+    raise AssertionError(f"{type(bias).__name__} has no gradient here")
 
 
 attend.defvjp(_forward, _backward)

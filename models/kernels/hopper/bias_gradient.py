@@ -66,7 +66,8 @@ def bias_gradient(problem: Problem, tiles: Tiles, operands: Operands, gradients:
     narrow = tiled((tiles.stages, tiles.keys, problem.width), problem.dtype)
     numbers = plgpu.SMEM((tiles.stages, CONSUMERS, tiles.queries), jnp.float32)
     parts = [tiled(wide, problem.dtype), tiled(wide, problem.dtype), numbers, numbers]
-    shape, grid = _output(problem, tiles, operands.bias)
+    bias = _tiles(operands)
+    shape, grid = _output(problem, tiles, bias)
     kernel = plgpu.kernel(
         functools.partial(_body, problem, tiles),
         out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -80,7 +81,12 @@ def bias_gradient(problem: Problem, tiles: Tiles, operands: Operands, gradients:
         interpret=problem.operations.interpret,
     )
     found = kernel(operands, gradients)
-    return found if operands.bias.lowest is None else found.sum(0)
+    return found if bias.lowest is None else found.sum(0)
+
+
+def _tiles(operands: Operands) -> BiasTiles:
+    assert isinstance(operands.bias, BiasTiles)
+    return operands.bias
 
 
 def _output(problem: Problem, tiles: Tiles, bias: BiasTiles) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -130,7 +136,7 @@ def _uses(problem: Problem, tiles: Tiles, bias: BiasTiles) -> _Uses:
 def _body(
     problem: Problem, tiles: Tiles, operands: Operands, gradients: Gradients, out: Ref, ring: Ring
 ) -> None:
-    warpgroup, uses = lax.axis_index("warpgroup"), _uses(problem, tiles, operands.bias)
+    warpgroup, uses = lax.axis_index("warpgroup"), _uses(problem, tiles, _tiles(operands))
     block = _Block(problem, tiles, operands, gradients, ring, uses, warpgroup)
     pl.when(warpgroup < CONSUMERS)(lambda: _compute(block, out))
     pl.when(warpgroup == CONSUMERS)(lambda: _copy(block))
@@ -177,7 +183,7 @@ def _copy(block: _Block) -> None:
 
     uses, _ = _for_each(block, visit, None)
     for slot in range(tiles.stages):
-        pl.when(slot < uses)(lambda slot=slot: plgpu.barrier_wait(ring.consumed.at[slot]))
+        pl.when(slot < uses)(functools.partial(plgpu.barrier_wait, ring.consumed.at[slot]))
 
 
 def _rows(block: _Block, use: _Use, part: Index) -> Any:
@@ -194,7 +200,7 @@ def _compute(block: _Block, out: Ref) -> None:
         *plane, row, column = place
         return (*plane, pl.ds(row + block.warpgroup * size[0], size[0]), pl.ds(column, size[1]))
 
-    lies = block.operands.bias.values.at[part(uses.bias)]
+    lies = _tiles(block.operands).values.at[part(uses.bias)]
     bias = operations.tile(lies, in_shared_memory=False).astype(jnp.float32)
     step = functools.partial(_step, block, bias)
     _, total = _for_each(block, step, operations.filled_tile(size, 0))

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from ..biases import ALiBi, Bias, Bucketed, Dense
-from ..trees import AnyArray, structural
+from ..trees import structural
 from .operations import Ref, Warpgroup
 from .problem import CONSUMERS, tiled
 from .ring import Index
@@ -26,13 +26,13 @@ from .ring import Index
 class Slopes:
     """ALiBi: `-slopes[h] * |key - query - offset|`, `slopes [H]` float32."""
 
-    slopes: AnyArray
+    slopes: Any
     offset: int
 
     def distance(
         self,
         operations: Warpgroup,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         first_query: Index,
         first_key: Index,
         key_axis: int,
@@ -56,7 +56,7 @@ class BiasTiles:
     for all beyond.
     """
 
-    values: AnyArray
+    values: Any
     rows: int
     columns: int
     lowest: int | None = None

@@ -54,7 +54,7 @@ class Warpgroup:
         """A float32 tile."""
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), plgpu.Layout.WGMMA)
 
-    def indices(self, shape: tuple[int, int], axis: int) -> Array:
+    def indices(self, shape: tuple[int, ...], axis: int) -> Array:
         """Each element's own index along `axis`, an int32 tile."""
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
@@ -113,31 +113,39 @@ class Interpreted(Warpgroup):
     """The same on plain arrays; `interpret` is an `InterpretGPUParams`."""
 
     def row_values(self, ref: Ref) -> Array:
+        """A plain read."""
         return ref[...]
 
     column_values = row_values
 
     def tile(self, ref: Ref, in_shared_memory: bool = True) -> Array:
+        """A plain read."""
         return ref[...]
 
     def filled_rows(self, size: int, value: float) -> Array:
+        """A plain vector."""
         return jnp.full((size,), value, jnp.float32)
 
     def filled_tile(self, shape: tuple[int, int], value: float) -> Array:
+        """A plain tile."""
         return jnp.full(shape, value, jnp.float32)
 
-    def indices(self, shape: tuple[int, int], axis: int) -> Array:
+    def indices(self, shape: tuple[int, ...], axis: int) -> Array:
+        """A plain iota."""
         return lax.broadcasted_iota(jnp.int32, shape, axis)
 
     def positions(self, size: int, axis: int) -> Array:
+        """A plain iota."""
         return lax.iota(jnp.int32, size)
 
     def product(self, a: Ref, b: Ref, meanwhile: Callable[[], None] = nothing) -> Array:
+        """In plain arithmetic, then what is done meanwhile."""
         value = _dot(a[...], b[...].T)
         meanwhile()
         return value
 
     def add_product(self, total: Array, a: Array, b: Ref, meanwhile: Callable[[], None] = nothing) -> Array:
+        """In plain arithmetic, then what is done meanwhile."""
         value = total + _dot(a, b[...])
         meanwhile()
         return value
@@ -145,11 +153,13 @@ class Interpreted(Warpgroup):
     def two_products(
         self, first: tuple[Ref, Ref], second: tuple[Ref, Ref], between: Callable[[Array], Any]
     ) -> tuple[Any, Array]:
+        """One after the other."""
         return between(self.product(*first)), self.product(*second)
 
     def add_two_products(
         self, totals: tuple[Array, Array], factors: tuple[tuple[Array, Ref], tuple[Array, Ref]]
     ) -> tuple[Array, Array]:
+        """One after the other."""
         one, two = (self.add_product(total, *pair) for total, pair in zip(totals, factors))
         return one, two
 

@@ -34,19 +34,21 @@ def padded_attention(
     lengths = (problem.queries, problem.keys, problem.keys)
     q, k, v = (_padded(x, length, problem.width) for x, length in zip((q, k, v), lengths))
     bias = None if terms.bias is None else terms.bias.extended(problem.queries, problem.keys)
-    out, lse = attend(problem, plan(bias), Inputs(q, k, v, seen, bias))
+    out, lse = attend(problem, plan(problem.width, bias), Inputs(q, k, v, seen, bias))
     out, lse = out[:, :queries, :, :width], lse[:, :, :queries]
     return (out, lse) if terms.sinks is None else _with_sinks(out, lse, jnp.asarray(terms.sinks))
 
 
-def plan(bias: Bias | None) -> Plan:
+def plan(width: int, bias: Bias | None) -> Plan:
     """Tile sizes, after what tokamax's autotuning found for its like kernels on an H100.
 
     tokamax (openxla/tokamax), tuning tables of its Mosaic GPU flash attention. Larger tiles than these spill
     registers, or with those of a bias exceed shared memory: docs/results/attention_hopper_compiled.md.
     """
-    backward = Tiles(64, 64, 2)
-    return Plan(Tiles(64, 128 if bias is None else 64, 2), backward, backward, backward)
+    narrow = width <= 64
+    forward = Tiles(64, 128 if bias is None else 64, 4 if narrow else 2)
+    backward = Tiles(64, 64, 3 if narrow or bias is None else 2)
+    return Plan(forward, backward, backward, Tiles(64, 64, 3 if narrow else 2))
 
 
 def _problem(q: Array, k: Array, v: Array, terms: Terms, interpret: Any) -> Problem:

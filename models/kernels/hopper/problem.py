@@ -14,7 +14,6 @@ LOG2_E = math.log2(math.e)
 CONSUMERS = 2  # warpgroups that compute; one more copies
 # registers a thread after the launch's even shares are given back: 2 * 240 + 24 = 3 * 168
 REGISTERS_TO_COMPUTE, REGISTERS_TO_COPY = 240, 24
-SHARED_MEMORY = 232448  # bytes a block of an H100 or H200 may have: CUDA's sharedMemPerBlockOptin
 
 
 @dataclasses.dataclass(frozen=True)

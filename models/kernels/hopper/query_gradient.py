@@ -126,5 +126,7 @@ def _step(
     total = operations.add_product(total, d_scores.astype(block.problem.dtype), keys)
     block.rings.keys.release(slot)
     if of_slope is not None:  # computed again: behind the barrier the compiler does not know it from before
-        of_slope -= (d_scores * block.distance(lax.optimization_barrier(tile))).sum(axis=1)
+        distance = block.distance(lax.optimization_barrier(tile))
+        assert distance is not None
+        of_slope -= (d_scores * distance).sum(axis=1)
     return total, of_slope

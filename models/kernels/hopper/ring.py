@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def copy_all(
             ring.fill(slot, references)
 
     for first in range(stages):
-        pl.when(first < steps)(lambda first=first: fill(first, first))
+        pl.when(first < steps)(functools.partial(fill, first, first))
 
     def refill(step: Array, _: None) -> None:
         slot = rings[0].slot(step)
@@ -86,4 +87,4 @@ def copy_all(
     jax.lax.fori_loop(0, jnp.maximum(steps - stages, 0), refill, None)
     for slot in range(stages):  # what was read last: whoever frees a barrier has to have seen all of it
         for ring in rings:
-            pl.when(slot < steps)(lambda ring=ring, slot=slot: plgpu.barrier_wait(ring.consumed.at[slot]))
+            pl.when(slot < steps)(functools.partial(plgpu.barrier_wait, ring.consumed.at[slot]))

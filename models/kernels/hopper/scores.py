@@ -30,9 +30,9 @@ class Scores(NamedTuple):
 def scores(problem: Problem, products: Array, bias: Array | None) -> Scores:
     """From the products of queries and keys `[rows, columns]`, and a bias of the same shape."""
     cap = problem.soft_cap
-    if cap is None and bias is None:
-        return Scores(products, problem.scale * LOG2_E)
     if cap is None:
+        if bias is None:
+            return Scores(products, problem.scale * LOG2_E)
         return Scores(products * (problem.scale * LOG2_E) + bias * LOG2_E, 1.0)
     scaled = products * (problem.scale / cap)
     return Scores(jnp.tanh(scaled if bias is None else scaled + bias * (1 / cap)), cap * LOG2_E)
