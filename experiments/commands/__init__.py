@@ -76,6 +76,7 @@ def verbs() -> dict[str, Callable[..., Verb]]:
     from .bench import Bench
     from .evaluate import Evaluate
     from .generate import Generate
+    from .plan import Plan
     from .quickstart import Quickstart
     from .report import Report
     from .study import Study
@@ -91,6 +92,7 @@ def verbs() -> dict[str, Callable[..., Verb]]:
         "study": Study,
         "report": Report,
         "bench": Bench,
+        "plan": Plan,
     }
 
 

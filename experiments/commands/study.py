@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ... import InputError
+from .study_planner import CostClaims, PlannerValidation
 
 if TYPE_CHECKING:
     from ..delta_methods import Study as DeltaStudy
@@ -89,6 +90,8 @@ class FewSamples(DeltaOptions):
 Choice = (
     Annotated[DeltaMethods, tyro.conf.subcommand("delta-methods")]
     | Annotated[FewSamples, tyro.conf.subcommand("few-samples")]
+    | Annotated[PlannerValidation, tyro.conf.subcommand("planner-validation")]
+    | Annotated[CostClaims, tyro.conf.subcommand("cost-claims")]
 )
 
 

@@ -37,11 +37,13 @@ class Assumptions:
                 without error
     overlap     share of the compute behind which communication can hide
     reserve     share of the memory that is not ours
+    host        bytes of the host's memory for each chip; a TPU v5e host has 512 GiB for eight
     """
 
     efficiency: float = 0.55
     overlap: float = 0.8
     reserve: float = 0.05
+    host: float = 64 * 2**30
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from ... import InputError
@@ -11,6 +11,7 @@ from ..mesh import MeshShape
 from .chips import Chip
 from .costs import Assumptions, Job, StepTime, layer_time, recomputed_time, step_time
 from .dynamic import Frontier, Option, frontier
+from .layers import Layer
 from .memory import Memory, Split, fixed_memory, stage_layers
 from .topology import Topology, smaller_slices
 
@@ -80,9 +81,10 @@ class Search:
         """What fits, and the least bytes a device of what does not (infinite where nothing divides)."""
         found, nearest, fronts = [], float("inf"), {}
         for split in self.splits(job, topology):
-            key = (split.mesh.tensor, split.mesh.pipe)
+            away = self._layers_for_host(job, split)
+            key = (split.mesh.tensor, split.mesh.pipe, away)
             if key not in fronts:
-                fronts[key] = self._front(job, topology, split)
+                fronts[key] = self._front(job, topology, split, away)
             plan, least = self.evaluate(job, topology, split, fronts[key])
             nearest = min(nearest, least)
             found += [plan] if plan is not None else []
@@ -92,26 +94,40 @@ class Search:
         self, job: Job, topology: Topology, split: Split, front: Frontier | None = None
     ) -> tuple[Plan | None, float]:
         """The best plan of a split, None where none fits, and the least bytes a device that would do."""
-        front = front or self._front(job, topology, split)
+        front = front or self._front(job, topology, split, self._layers_for_host(job, split))
         fixed = fixed_memory(job.table, job.recipe, split, job.batch, job.length)
         tokens = split.tokens(job.batch, job.length) * split.in_flight
         budget = topology.chip.memory * (1 - self.assume.reserve)
         least = fixed.total + front.least * tokens
         point = front.best((budget - fixed.total) / tokens)
-        if point is None:
+        if point is None or fixed.host > self.assume.host:
             return None, least
-        memory = Memory(
-            **{**dict(fixed.items()), "activations": fixed.activations + float(front.memory[point]) * tokens}
+        memory = replace(
+            fixed,
+            activations=fixed.activations + float(front.memory[point]) * tokens,
+            host=fixed.host + _sent_away(job, split, front, point) * tokens if self.offload else fixed.host,
         )
         time = step_time(job, topology, split, self.assume, float(front.time[point]))
         return Plan(topology, split, memory, time, point, front), least
 
-    def _front(self, job: Job, topology: Topology, split: Split) -> Frontier:
-        """Remat (and offloading) of a stage's layers: bytes kept and seconds added, both for each token."""
+    def _layers_for_host(self, job: Job, split: Split) -> int:
+        """How many of a stage's first layers the host has room for, whatever these keep.
+
+        The first, because theirs is kept longest.
+        """
+        if not self.offload:
+            return 0
+        state = fixed_memory(job.table, job.recipe, split, job.batch, job.length).host
+        tokens = split.tokens(job.batch, job.length) * split.in_flight
+        kept = [max(_kept(layer, split).values()) for layer in job.table.layers]
+        return max(0, int((self.assume.host - state) // (max(kept) * tokens)))
+
+    def _front(self, job: Job, topology: Topology, split: Split, away: int) -> Frontier:
+        """Remat of a stage's layers, of the first `away` also offloaded: bytes and seconds for each token."""
         stage = job.table.layers[: stage_layers(job.table, split.mesh.pipe)]
         links, chip = topology.bandwidths(split.mesh), topology.chip
         layers = []
-        for layer in stage:
+        for number, layer in enumerate(stage):
             options = [
                 Option(
                     remat.name,
@@ -123,7 +139,7 @@ class Search:
             ]
             if not options:
                 raise InputError(f"remat {', '.join(self.remats)}: {layer.name} knows none of these")
-            if self.offload:
+            if number < away:
                 hidden = self.assume.overlap * layer_time(layer, topology, split, self.assume)
                 options += [_offloaded(option, chip.pcie, hidden) for option in options]
             layers.append(options)
@@ -186,6 +202,18 @@ class Search:
         if enough is None:
             return f"{text}; no slice of {topology.chip.name} would do at batch {job.batch}"
         return f"{text}; the smallest slice that would do is {enough.topology} ({enough.topology.size} chips)"
+
+
+def _kept(layer: Layer, split: Split) -> dict[str, float]:
+    """Bytes a token that a layer keeps under each policy."""
+    return {remat.name: remat.kept(split.mesh.tensor, split.sequence) for remat in layer.remats}
+
+
+def _sent_away(job: Job, split: Split, front: Frontier, point: int) -> float:
+    """Bytes a token that lie in the host's memory at a point of the front."""
+    chosen = [name.partition(f"+{OFFLOADED}") for name in front.choices(point)]
+    layers = zip(job.table.layers, chosen)
+    return sum(_kept(layer, split)[name] for layer, (name, away, _) in layers if away)
 
 
 def _order(plan: Plan) -> tuple[float, int, float, float]:

@@ -91,7 +91,12 @@ class Serving:
 
 
 def cache_bytes_per_token(config: TransformerConfig, number: float) -> float:
-    """Bytes of the keys and values of one token in all layers: 2 L G K numbers of `number` bytes."""
+    """Bytes of the keys and values of one token in all layers: 2 L G K numbers of `number` bytes.
+
+    Raises InputError for what is no decoder.
+    """
+    if config.kind != "decoder":
+        raise InputError(f"serving is estimated for decoders; this model is an {config.kind}")
     total = 0
     for index in range(config.layers):
         if not config.lacks(index % config.period, "attention"):

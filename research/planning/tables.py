@@ -94,7 +94,7 @@ def layer_table(
     counts, beside = count_parameters(config)
     period = [_layer(config, index, counts[index], length, recipe, flash) for index in range(config.period)]
     layers = tuple(period[index % config.period] for index in range(config.layers))
-    useful = training_flops_per_token(config, length)
+    useful = training_flops_per_token(replace(config, scan=True), length)  # traces one period, not all layers
     return LayerTable(
         name, layers, _ends(config, beside, recipe, chunked), useful, {"tensor": _sizes(config)}
     )

@@ -8,7 +8,7 @@ import pytest
 
 from modicum import InputError
 from modicum.parallel.mesh import MeshShape
-from modicum.parallel.plan import Search, Topology, chip
+from modicum.parallel.plan import Assumptions, Search, Topology, chip
 
 EIGHT = Topology.parse(chip("a100-40"), "8")
 
@@ -77,3 +77,14 @@ def test_what_does_not_divide_is_one_line(job, search, batch, message):
     with pytest.raises(InputError, match=message) as error:
         search.plans(replace(job, batch=batch), Topology.parse(chip("a100-40"), "32"))
     assert "\n" not in str(error.value)
+
+
+def test_what_is_offloaded_fits_the_host(job):
+    """Of a device with room for little, the host takes as many layers as it has room for, and no more."""
+    tight = with_memory(EIGHT, 0.7e9)
+    roomy = Search(offload=True, accumulate=4).plans(job, tight)[0]
+    assert any("+offload" in name for name in roomy.choices) or roomy.split.offload
+    assert 0 < roomy.memory.host <= Assumptions().host
+    for host in (0.0, 5e7):
+        plans = Search(offload=True, accumulate=4, assume=Assumptions(host=host)).plans(job, tight)
+        assert all(plan.memory.host <= host for plan in plans)

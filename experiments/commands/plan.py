@@ -1,0 +1,140 @@
+"""`modicum plan PRESET`: what fits on what, how fast, at what price; nothing is compiled, no device is
+used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from ... import InputError
+
+if TYPE_CHECKING:
+    from ...models.config import TransformerConfig
+    from ...parallel.plan import Search
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Plan a training run: mesh, ZeRO level, micro-batches and what each layer recomputes.
+
+    Prints memory by kind, the step's time by kind, tokens/s, days and cost, and why the runner-up lost. All
+    is arithmetic from shapes and data sheets; docs/results/planner_validation.md says how far off it was.
+    """
+
+    model: tyro.conf.Positional[str]
+    """A preset, such as gpt3-175b."""
+    chip: str = "v5p"
+    """v4, v5e, v5p, v6e, 7x, v100, a100-40, a100-80, h100 or h200."""
+    topology: str = "4x4x4"
+    """Shape of the slice; for GPUs hosts x GPUs of a host, or how many."""
+    batch: int = 1536
+    """Rows of a step, over all devices."""
+    seq: int = 2048
+    """Tokens of a row."""
+    tokens: float = 0.0
+    """Tokens to train on, for days and cost."""
+    price: float | None = None
+    """US dollars a chip-hour; by default the list price, where one is known."""
+    recipe: Literal["modicum", "mixed", "bmtrain", "lean"] = "mixed"
+    """Bytes a parameter: modicum 16 and a copy (all float32), mixed 16, bmtrain 14, lean 12."""
+    axes: tuple[Literal["data", "fsdp", "tensor", "context", "pipe"], ...] = ("data", "fsdp", "tensor")
+    """Mesh axes that the search may use."""
+    mesh: str = ""
+    """Plan this mesh only, such as fsdp=16,tensor=4."""
+    remat: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
+    """What a layer's backward pass may compute again: nothing, all but products, everything."""
+    offload: bool = False
+    """Also consider the host's memory, for optimizer state and activations."""
+    chunked_loss: bool = False
+    """The loss never holds all logits."""
+    stored_scores: bool = False
+    """Attention stores its scores (no flash attention)."""
+    efficiency: float | None = None
+    """Share of the peak that matrix products reach."""
+    smallest: bool = False
+    """Instead: the smallest slice of the chip on which this fits."""
+    serve: bool = False
+    """Instead: prefill, decoding and cost by batch, with `--seq` tokens of context."""
+    serve_batch: tuple[int, ...] = (1, 8, 32, 128, 512)
+    """Batches to serve."""
+    weights: Literal["half", "int8"] = "half"
+    """Numbers of the served weights and cache."""
+
+    def run(self) -> int:
+        """Print the plan."""
+        from ...models.presets import preset
+
+        for name in ("batch", "seq"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.tokens < 0 or (self.price is not None and self.price < 0):
+            raise InputError("tokens and price must not be negative")
+        config = preset(self.model)
+        print(self._serving(config) if self.serve else self._training(config), end="")
+        return 0
+
+    def _training(self, config: TransformerConfig) -> str:
+        from ...parallel.plan import Job, Topology, chip, recipe
+        from ...research.planning.report import plan_text
+        from ...research.planning.tables import layer_table
+
+        bytes_each, on = recipe(self.recipe), chip(self.chip)
+        topology = Topology.parse(on, self.topology)
+        search = self._search()
+        table = layer_table(
+            config,
+            self.seq,
+            bytes_each,
+            name=self.model,
+            flash=not self.stored_scores,
+            chunked=self.chunked_loss,
+        )
+        job = Job(table, bytes_each, self.batch, self.seq)
+        if self.smallest:
+            least = search.smallest(job, on)
+            if least is None:
+                raise InputError(f"{self.model} at batch {self.batch} fits no slice of {self.chip}")
+            topology = least.topology
+        return plan_text(job, search.plans(job, topology), self.tokens, self.price)
+
+    def _search(self) -> Search:
+        from ...parallel.mesh import MeshShape
+        from ...parallel.plan import Assumptions, Search
+
+        assume = Assumptions()
+        if self.efficiency is not None:
+            if not 0 < self.efficiency <= 1:
+                raise InputError(f"efficiency={self.efficiency} must be above 0 and at most 1")
+            assume = Assumptions(efficiency=self.efficiency)
+        mesh = MeshShape.parse(self.mesh) if self.mesh else None
+        return Search(self.axes, self.remat, offload=self.offload, mesh=mesh, assume=assume)
+
+    def _serving(self, config: TransformerConfig) -> str:
+        from ...models.costs import parameter_count
+        from ...models.transformer import Transformer
+        from ...parallel.plan import Topology, chip
+        from ...research.planning.report import serving_table
+        from ...research.planning.serving import cache_bytes_per_token, serving_of
+
+        if min(self.serve_batch, default=1) < 1:
+            raise InputError(f"serve_batch={min(self.serve_batch)} must be at least 1")
+        on = chip(self.chip)
+        chips = Topology.parse(on, self.topology).size
+        number = 2 if self.weights == "half" else 1
+        count = parameter_count(Transformer(config))
+        served = serving_of(config, count, on, chips, number, self.efficiency or 1.0)
+        price = on.price if self.price is None else self.price
+        table = serving_table(served, self.serve_batch, self.seq, price)
+        single = replace(config, attention=replace(config.attention, kv_heads=1), pattern=())
+        cache = f"{served.cache_bytes / 1024:,.1f} KiB"
+        if config.attention.groups > 1:
+            cache += f" ({cache_bytes_per_token(single, number) / 1024:,.1f} with one key/value head)"
+        return (
+            f"{self.model} on {chips} {on.name}: {count:,} parameters, cache of {cache} a token, at most "
+            f"{served.largest_batch(self.seq):,} rows of {self.seq} tokens\n"
+            f"at {served.efficiency:.0%} of bandwidth and peak, sums over chips left out:\n\n"
+            f"{table.markdown()}"
+        )
