@@ -11,6 +11,7 @@ import tyro
 
 from ... import InputError
 from .bench_attention import AttentionBench
+from .bench_bounds import BoundsBench
 from .bench_compiled import AttentionCompiledBench
 from .bench_delta import MemoryBench, StorageBench
 
@@ -175,6 +176,7 @@ class TuneBench:
 
 
 Attention = Annotated[AttentionBench, tyro.conf.subcommand("attention")]
+AttentionBounds = Annotated[BoundsBench, tyro.conf.subcommand("attention-bounds")]
 AttentionCompiled = Annotated[AttentionCompiledBench, tyro.conf.subcommand("attention-compiled")]
 Train = Annotated[TrainBench, tyro.conf.subcommand("train")]
 Tune = Annotated[TuneBench, tyro.conf.subcommand("tune")]
@@ -187,7 +189,7 @@ Storage = Annotated[StorageBench, tyro.conf.subcommand("tune-storage")]
 class Bench:
     """Measure ours beside its peers, on this machine in one run."""
 
-    what: Attention | AttentionCompiled | Train | Tune | Generate | Memory | Storage
+    what: Attention | AttentionBounds | AttentionCompiled | Train | Tune | Generate | Memory | Storage
 
     def run(self) -> int:
         """Print the tables."""

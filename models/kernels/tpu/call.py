@@ -76,20 +76,20 @@ def call(
     scratch: Mapping[str, tuple[int, ...]],
     cost: pl.CostEstimate,
     interpret: Any,
-    aliases: Mapping[int, int] | None = None,
 ) -> dict[str, Array]:
     """Run a kernel along `walk`; outputs by name, scratch memory is float32."""
     prefetched = {"tiles": jnp.asarray(walk.lists).reshape(-1), **scalars}
     ids = len(walk.grid)
+    semantics: Any = ("parallel",) * walk.parallel + ("arbitrary",) * (ids - walk.parallel)
 
     def spec(block: Block) -> pl.BlockSpec:
         return pl.BlockSpec(block.shape, lambda *given: block.index(walk.at(given[:ids], given[ids])))
 
     def body(*refs: Any) -> None:
-        refs, sizes = list(refs), (len(prefetched), len(inputs), len(outputs))
-        parts = [[refs.pop(0) for _ in range(size)] for size in sizes]
+        left, sizes = list(refs), (len(prefetched), len(inputs), len(outputs))
+        parts = [[left.pop(0) for _ in range(size)] for size in sizes]
         named = [dict(zip(names, part)) for names, part in zip((prefetched, inputs, outputs), parts)]
-        kernel(walk, Refs(*named, dict(zip(scratch, refs))))
+        kernel(walk, Refs(*named, dict(zip(scratch, left))))
 
     arrays = [*prefetched.values(), *(array for array, _ in inputs.values())]
     results = pl.pallas_call(
@@ -103,9 +103,8 @@ def call(
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
         ),
         out_shape=[_result(shape, dtype, arrays) for shape, dtype, _ in outputs.values()],
-        input_output_aliases={len(prefetched) + i: o for i, o in (aliases or {}).items()},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=["parallel"] * walk.parallel + ["arbitrary"] * (ids - walk.parallel),
+            dimension_semantics=semantics,
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         cost_estimate=cost,

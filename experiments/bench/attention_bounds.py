@@ -1,0 +1,164 @@
+"""How fast our TPU attention can be at most, beside jax's own splash attention, from compiled programs alone.
+
+libtpu writes down the instruction bundles of each kernel. A chip issues one bundle a cycle, so their number
+bounds the rate of a kernel from above: copies and waiting for the matrix unit come on top. Each kernel is
+compiled for a mask without holes and counted whole, with what it does at the start and the end of a row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ... import InputError
+
+BLOCKS = (1024, 1024, 512)
+# Bundles a second and TensorCores a chip. The clocks are those at which four matrix units a core (128 x 128,
+# v6e 256 x 256) reach the published peaks of 197, 459 and 918 TFLOP/s (cloud.google.com/tpu/docs).
+CHIPS = {"v5e": (1.5e9, 1), "v5p": (1.75e9, 2), "v6e": (1.75e9, 1)}
+PEAKS = {"v5e": 197, "v5p": 459, "v6e": 918}
+KERNELS = {"forward": 2, "dq": 3, "dk, dv": 4}  # and its matrix products
+PATTERNS = {
+    "forward": ("attention_forward", "splash_mha_fwd"),
+    "dq": ("attention_query_gradient", "splash_mha_dq"),
+    "dk, dv": ("attention_key_gradients", "splash_mha_dkv"),
+}
+
+
+class Bound(NamedTuple):
+    """Bundles of a kernel for one tile, ours and splash's."""
+
+    chip: str
+    width: int
+    kernel: str
+    ours: int
+    splash: int
+
+    def rate(self, bundles: int) -> float:
+        """The bound in TFLOP/s a chip."""
+        clock, cores = CHIPS[self.chip]
+        work = 2 * KERNELS[self.kernel] * BLOCKS[0] * BLOCKS[1] * self.width
+        return min(work / (bundles / clock) * cores / 1e12, PEAKS[self.chip])
+
+
+def measure(chips: tuple[str, ...], widths: tuple[int, ...], report: Callable[[str], None]) -> list[Bound]:
+    """Compile in a process of its own, whose compiler writes its schedules to a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        flags += " --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        environment = os.environ | {
+            "LIBTPU_INIT_ARGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+        }
+        given = [sys.executable, "-m", "modicum.experiments.bench.attention_bounds", folder, *chips]
+        given += map(str, widths)
+        done = subprocess.run(given, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"compiling for {', '.join(chips)} failed: {done.stderr.strip().splitlines()[-1]}")
+    bounds = [Bound(*json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
+    for bound in bounds:
+        report(f"{bound.chip} {bound.width} {bound.kernel}: {bound.ours} bundles, splash {bound.splash}")
+    return bounds
+
+
+def document(bounds: list[Bound]) -> str:
+    """The table as a page."""
+    rows, columns, chunk = BLOCKS
+    lines = [
+        "# Static bounds of the TPU attention kernels",
+        "",
+        "`modicum bench attention-bounds` compiles our kernels and jax's own splash attention for chips",
+        "that are not there and counts the instruction bundles of one whole kernel (bfloat16, no mask, "
+        f"{rows} queries x {columns} keys a tile, {chunk} keys at once, both alike).",
+        "The bound is the rate at one bundle a cycle, at most the published peak: a gradient may have fewer",
+        "bundles than its products take, and a width of 64 fills half of the matrix unit. Rates on a chip",
+        "are lower: copies and waiting are not in the count.",
+        "",
+        "| chip | width | kernel | bundles, ours | splash | bound, ours (TFLOP/s) | splash | ours / splash |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for b in bounds:
+        rates = b.rate(b.ours), b.rate(b.splash)
+        cells = [b.chip, b.width, b.kernel, b.ours, b.splash, *(f"{r:.0f}" for r in rates)]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{rates[0] / rates[1]:.2f}"])) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def bundles(folder: Path) -> dict[str, int]:
+    """The bundles of each kernel whose schedule lies in a folder, by the compiler's name for it."""
+    found = {}
+    for path in folder.glob("**/*schedule-analysis_final_bundles.txt"):
+        name = re.sub(r"^\d+-|(\.\d+)?-\d+-schedule.*$", "", path.name)
+        if total := re.search(r"total scheduled bundles:\s+(\d+)", path.read_text()):
+            found[name] = int(total[1])
+    return found
+
+
+def _counted(folder: Path, chips: list[str], widths: list[int]) -> Iterator[Bound]:
+    for chip in chips:
+        for width in widths:
+            ours, splash = (_bundles_of(folder, chip, width, i) for i in (_ours(), _splash()))
+            for kernel, names in PATTERNS.items():
+                counts = [_named(found, name) for found, name in zip((ours, splash), names)]
+                yield Bound(chip, width, kernel, *counts)
+
+
+def _named(found: dict[str, int], name: str) -> int:
+    return sum(count for key, count in found.items() if name in key)
+
+
+def _bundles_of(folder: Path, chip: str, width: int, implementation: Any) -> dict[str, int]:
+    from ...models.kernels import Full, Terms
+    from .attention_tpu import CompiledCase, compile_case
+
+    for path in folder.glob("**/*.txt"):
+        path.unlink()
+    case = CompiledCase(lambda _: Terms(Full(), scale=1.0), 2048, width, heads=2, kv_heads=2, batch=1)
+    compile_case(case, chip, implementation)
+    return bundles(folder)
+
+
+def _ours() -> Any:
+    from ...models.kernels.tpu import Blocks, Tpu
+
+    return Tpu(forward=Blocks(*BLOCKS), backward=Blocks(*BLOCKS))
+
+
+def _splash() -> Any:
+    """jax's kernel in the form of an implementation; of its log-sum-exp nothing is asked."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    rows, columns, chunk = BLOCKS
+    sizes = kernel.BlockSizes(
+        block_q=rows, block_kv=columns, block_kv_compute=chunk,
+        block_q_dkv=rows, block_kv_dkv=columns, block_kv_dkv_compute=chunk,
+        block_q_dq=rows, block_kv_dq=columns,
+    )  # fmt: skip
+
+    def run(q: Any, k: Any, v: Any, terms: Any) -> Any:
+        heads, lengths = q.shape[2], (q.shape[1], k.shape[1])
+        mask = masks.MultiHeadMask([masks.FullMask(lengths)] * heads)
+        attend = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+        out = jax.vmap(attend)(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
+        return out, jnp.zeros(q.shape[:3], jnp.float32).swapaxes(1, 2)
+
+    return run
+
+
+if __name__ == "__main__":
+    where, *rest = sys.argv[1:]
+    for bound in _counted(
+        Path(where), [x for x in rest if x in CHIPS], [int(x) for x in rest if x.isdigit()]
+    ):
+        print(json.dumps(bound), flush=True)
