@@ -44,7 +44,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dense bias", "bucketed"))]
+)
 def test_no_race(name):
     pltpu.reset_tpu_interpret_mode_state()
     found, wanted = (results(i, CASES[name]) for i in (WATCHED, Reference()))
