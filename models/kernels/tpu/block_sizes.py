@@ -5,7 +5,7 @@ from ..request import Request
 from .plan import Blocks
 
 # Chunks of 512 and 1024 keys cost a forward prototype 4033 and 4319 bundles a 1024 x 1024 tile on v5e, 2522
-# and 2807 on v6e (width 128). The backward pass has the same blocks, untried otherwise; nothing ran on a chip.
+# and 2807 on v6e (width 128). The backward pass has the same, untried otherwise; nothing ran on a chip.
 _FORWARD, _BACKWARD = Blocks(1024, 1024, 512), Blocks(1024, 1024, 512)
 _TOEPLITZ = Blocks(512, 512, 512)
 _MOST = 4 << 20  # bytes of a block of a dense bias, which is held twice
