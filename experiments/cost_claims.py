@@ -20,7 +20,8 @@ from ..research.planning.serving import Serving
 from ..research.planning.training import DAY, HOUR, training_days, training_flops
 from ..research.study.tables import Cell, Table
 
-GPT3, GPT3_TOKENS, ANT = 175e9, 300e9, 9.39e9
+GPT3, GPT3_TOKENS = 175e9, 300e9
+ANT, BEE = 9_391_624_192, 9_616_080_896  # tests/models/test_parameter_counts.py
 BYTES_PER_TOKEN = 5  # of Chinese text; research/openbmb.md assumes it for CPM-Ant's log
 WORDS_PER_TOKEN = 0.75
 A100: Chip = CHIPS["a100-80"]
@@ -106,10 +107,9 @@ def latency() -> Finding:
     return Finding(
         "8",
         "GPT-3 and PaLM take seconds where a search engine takes fractions",
-        f"{words} words, one stream: GPT-3 on 8 A100 at least {bound:.1f} s ({bound / 0.43:.1f} to "
-        f"{bound / 0.57:.1f} s at the 43-57% of the "
-        f"bandwidth that row 45 implies); PaLM 540B on 64 v4 at least "
-        f"{words / WORDS_PER_TOKEN * palm.step_seconds(1, 200):.1f} s",
+        f"{words} words, one stream: GPT-3 on 8 A100 at least {bound:.1f} s ({bound / 0.57:.1f} to "
+        f"{bound / 0.43:.1f} s at the 43-57% of the bandwidth that row 45 implies); "
+        f"PaLM 540B on 64 v4 at least {words / WORDS_PER_TOKEN * palm.step_seconds(1, 200):.1f} s",
         "holds for answers of tens of words",
     )
 
@@ -124,27 +124,25 @@ def gpt3_on_64() -> list[Finding]:
             "16",
             "GPT-3 trains on 64 A100",
             f"states of 16 bytes a parameter: {states:.2f} GB a card, activations beside: fits cards of 80 "
-            f"GB, not of 40; "
-            f"300e9 tokens take {days[0.5]:.0f} days at 50% MFU, {days[0.3]:.0f} at 30%",
+            f"GB, not of 40; 300e9 tokens take {days[0.5]:.0f} days at 50% MFU, {days[0.3]:.0f} at 30%",
             "holds for memory on 80 GB cards, not on 40 GB without the host's memory; takes a year and more",
         ),
         Finding(
             "17",
             "cost down >90%, $12M to $750k",
             f"{hours[0.5]:,.0f} card-hours at 50% MFU: $750k is ${750e3 / hours[0.5]:.2f} an hour "
-            f"({hours[0.3]:,.0f} and "
-            f"${750e3 / hours[0.3]:.2f} at 30%); $12M is ${12e6 / hours[0.5]:.2f}; list price "
-            f"${A100.price}: ${hours[0.5] * (A100.price or 0) / 1e6:.2f}M",
+            f"({hours[0.3]:,.0f} and ${750e3 / hours[0.3]:.2f} at 30%); $12M is ${12e6 / hours[0.5]:.2f}; "
+            f"list price ${A100.price}: ${hours[0.5] * (A100.price or 0) / 1e6:.2f}M",
             f"the ratio holds ({1 - 750e3 / 12e6:.1%}); $750k holds only at 50% MFU and $1.34 an hour, "
             f"39% of a list price; $12M would be six times that price",
         ),
     ]
 
 
-def cpm(row: str, name: str, days: int, gigabytes: int, yuan: int) -> Finding:
+def cpm(row: str, name: str, parameters: float, days: int, gigabytes: int, yuan: int) -> Finding:
     """Rows 20 and 21: what 4 A100 would have to do, and 32."""
     tokens = gigabytes * 1e9 / BYTES_PER_TOKEN
-    share = {cards: training_flops(ANT, tokens) / (days * DAY * cards * PEAK) for cards in (4, 32)}
+    share = {cards: training_flops(parameters, tokens) / (days * DAY * cards * PEAK) for cards in (4, 32)}
     hours = {cards: days * 24 * cards for cards in (4, 32)}
     return Finding(
         row,
@@ -254,7 +252,7 @@ def serving_price() -> list[Finding]:
 
 def findings() -> list[Finding]:
     """All rows in the order of the list."""
-    ant, bee = cpm("20", "CPM-Ant", 68, 600, 430_000), cpm("21", "CPM-Bee", 94, 2000, 470_000)
+    ant, bee = cpm("20", "CPM-Ant", ANT, 68, 600, 430_000), cpm("21", "CPM-Bee", BEE, 94, 2000, 470_000)
     found = [
         *growth(),
         latency(),
