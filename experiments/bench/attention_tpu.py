@@ -59,7 +59,7 @@ def _everything(case: CompiledCase) -> kernels.Terms:
         kernels.Causal(),
         soft_cap=30.0,
         sinks=_zeros(case.heads),
-        dropout=kernels.Dropout(0.1, np.uint32(0)),
+        dropout=kernels.Dropout(0.1, np.asarray(0, np.uint32)),
     )
 
 

@@ -39,7 +39,7 @@ class Block(NamedTuple):
     """A block of an array and, from the place of a step, its index; None in the shape drops the axis."""
 
     shape: tuple[int | None, ...]
-    index: Callable[[At], tuple[Any, ...]]
+    place: Callable[[At], tuple[Any, ...]]
 
 
 class Walk(NamedTuple):
@@ -83,13 +83,13 @@ def call(
     semantics: Any = ("parallel",) * walk.parallel + ("arbitrary",) * (ids - walk.parallel)
 
     def spec(block: Block) -> pl.BlockSpec:
-        return pl.BlockSpec(block.shape, lambda *given: block.index(walk.at(given[:ids], given[ids])))
+        return pl.BlockSpec(block.shape, lambda *given: block.place(walk.at(given[:ids], given[ids])))
 
     def body(*refs: Any) -> None:
         left, sizes = list(refs), (len(prefetched), len(inputs), len(outputs))
         parts = [[left.pop(0) for _ in range(size)] for size in sizes]
         named = [dict(zip(names, part)) for names, part in zip((prefetched, inputs, outputs), parts)]
-        kernel(walk, Refs(*named, dict(zip(scratch, left))))
+        kernel(walk, Refs(named[0], named[1], named[2], dict(zip(scratch, left))))
 
     arrays = [*prefetched.values(), *(array for array, _ in inputs.values())]
     results = pl.pallas_call(

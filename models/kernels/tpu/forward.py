@@ -76,7 +76,7 @@ def _kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
     top, total, out = (refs.scratch[name] for name in ("top", "total", "out"))
 
     @pl.when(entry.first)
-    def _() -> None:
+    def start() -> None:
         top[...] = jnp.full(top.shape, -jnp.inf, top.dtype)
         total[...] = jnp.zeros(total.shape, total.dtype)
         out[...] = jnp.zeros(out.shape, out.dtype)
@@ -84,7 +84,7 @@ def _kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
     scores.visit(walk, entry, at, lambda tile, masked: _accumulate(scores, refs, tile, masked))
 
     @pl.when(entry.last)
-    def _() -> None:
+    def finish() -> None:
         for head in range(frame.heads):
             _finish(frame, refs, at, head)
 

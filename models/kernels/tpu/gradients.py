@@ -132,7 +132,7 @@ def _query_kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
     dq = refs.scratch["dq"]
 
     @pl.when(entry.first)
-    def _() -> None:
+    def start() -> None:
         dq[...] = jnp.zeros(dq.shape, dq.dtype)
         spread_statistics(frame, refs)
 
@@ -145,7 +145,7 @@ def _query_kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
     scores.visit(walk, entry, at, body)
 
     @pl.when(entry.last)
-    def _() -> None:
+    def finish() -> None:
         out = refs.outputs["dq"]
         out[...] = (dq[...] * frame.plan.scale).astype(out.dtype)
 
@@ -155,7 +155,7 @@ def _key_kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
     dk, dv = refs.scratch["dk"], refs.scratch["dv"]
 
     @pl.when(entry.first)
-    def _() -> None:
+    def start() -> None:
         dk[...] = jnp.zeros(dk.shape, dk.dtype)
         dv[...] = jnp.zeros(dv.shape, dv.dtype)
 
@@ -170,7 +170,7 @@ def _key_kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
     scores.visit(walk, entry, at, body)
 
     @pl.when(entry.last)
-    def _() -> None:
+    def finish() -> None:
         refs.outputs["dk"][...] = (dk[...] * frame.plan.scale).astype(refs.outputs["dk"].dtype)
         refs.outputs["dv"][...] = dv[...].astype(refs.outputs["dv"].dtype)
 
