@@ -29,7 +29,7 @@ def ring_fold(
     `step(part, origin)` gives what stays here, which `merge(total, stays)` takes in, the own part's first,
     then that of the device before, and so on round; and what goes home with the part, a tree like `home`
     (None for nothing), which is added up over the devices and returned where the part came from. `total`,
-    `part` and `home` vary over `axis`. Every part is sent n - 1 times, `home` n times.
+    `part` and `home` vary over `axis`. Every part is sent n - 1 times, `home` n + 1 times.
     """
     devices = lax.axis_size(axis)
     here = lax.axis_index(axis)

@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 export JAX_PLATFORMS=cuda,cpu
 
+$python -c 'import jax; d = jax.devices()[0]; assert str(d.compute_capability).startswith("9."), f"{d} is no Hopper GPU"'
 $python -m pytest -m gpu -q -rs tests/models/kernels
 
 bench() {

@@ -164,8 +164,9 @@ sys.meta_path.insert(0, Absent())
 
 @pytest.mark.parametrize("module", CORE)
 def test_the_core_needs_only_jax_flax_and_optax(module):
-    """It imports where datasets, grain, tyro and rich are absent, and does not load flax.nnx."""
-    code = f"import {module}\nprint(*[name for name in sys.modules if name.startswith('flax.nnx')])"
+    """It imports where datasets, grain, tyro and rich are absent, and loads neither flax.nnx nor Pallas."""
+    late = "flax.nnx", "jax.experimental.pallas"
+    code = f"import {module}\nprint(*[name for name in sys.modules if name.startswith({late})])"
     assert run(WITHOUT_EXTRAS + code) == ""
 
 

@@ -3,8 +3,8 @@
 `front` has `attention()`; `masks`, `flags`, `biases`, `relations` and `dropout` are the expressions it takes,
 `terms` joins them for the implementations, and `blocks` derives from a mask which tiles of the score matrix
 are skipped. `registry` chooses the implementation of a `request`: `whole` (short sequences on CPUs),
-`chunked` (XLA, tile by tile), `reference` (every score at once, the oracle), by name `cudnn`; those with
-tiles read their sizes from the table of `block_sizes`.
+`chunked` (XLA, tile by tile, of sizes from the table of `block_sizes`), `reference` (every score at once,
+the oracle), Pallas kernels in `tpu` and `hopper`, by name `cudnn`.
 `merging` joins attention on two sets of keys by their log-sum-exps, and `context` so attends to sequences
 over a mesh axis; `decode` is for few queries on a cache, `paged` for one that lies in pages.
 `spans`, `trees` and `varying` hold what these share: ranges of indices, dataclasses that are pytrees, and

@@ -69,7 +69,9 @@ class Dense(Bias):
         return Dense(jax.lax.dynamic_update_slice(total.values, new, start))
 
     def mismatch(self, sizes: Sizes) -> str | None:
-        """Four axes, each of full size or 1."""
+        """Four axes, each of full size or 1, and floating."""
+        if not jnp.issubdtype(self.values.dtype, jnp.floating):
+            return f"bias has type {self.values.dtype}; it must be floating; a mask goes to mask="
         return broadcast_mismatch("bias", self.values, sizes)
 
     def extended(self, queries: int, keys: int) -> "Dense":

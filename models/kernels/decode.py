@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ... import InputError
-from .biases import Bias
-from .front import request_of
+from .biases import Bias, as_bias
+from .front import check_number, request_of
 from .masks import Causal, Lengths, Mask, Sizes
 from .paged import Paged, check_pages, choose_decoder
 from .reference import masked_scores, softmax
@@ -69,6 +69,9 @@ def decode_attention(
     position by arrays `[B]`. `impl` chooses among the kernels for pages. Raises InputError where arrays of
     a paged call do not fit, and where mask and lengths are both missing.
     """
+    check_number("scale", scale)
+    check_number("soft_cap", soft_cap)
+    bias = as_bias(bias)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if isinstance(k, Paged) and isinstance(v, Paged):
         lengths = check_pages(q, k, v, lengths)
@@ -76,6 +79,10 @@ def decode_attention(
         request = dataclasses.replace(request_of(q, k, v, terms, return_lse), page=k.pages.shape[1])
         out, lse = choose_decoder(request, impl)(q, k, v, lengths, terms)
     elif isinstance(k, Joined) and isinstance(v, Joined) and mask is not None:
+        if impl != "auto":
+            raise InputError(
+                f"decode_attention: impl={impl!r} is for pages; on Joined keys only 'auto' is valid"
+            )
         mask = mask if lengths is None else mask & Lengths(lengths)
         out, lse = _on_joined(q, k, v, Terms(mask, bias, scale, soft_cap, sinks))
     else:

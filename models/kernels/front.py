@@ -115,8 +115,8 @@ def terms_of(
     With `devices` the arrays are what one of so many holds of sequences that mask and bias are for in full.
     """
     _check_arrays(q, k, v)
-    _check_number("scale", scale)
-    _check_number("soft_cap", soft_cap)
+    check_number("scale", scale)
+    check_number("soft_cap", soft_cap)
     if not isinstance(mask, Mask):
         raise InputError(
             f"mask is {type(mask).__name__}; it must be a mask, e.g. Full(), Causal() or Dense(array)"
@@ -155,7 +155,13 @@ def request_of(q: Array, k: Any, v: Any, terms: Terms, lse: bool) -> Request:
         sinks=terms.sinks is not None,
         dropout=0.0 if terms.dropout is None else terms.dropout.rate,
         lse=lse,
+        partitioned=_partitioned(),
     )
+
+
+def _partitioned() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() > 1 and (mesh.empty or not mesh.are_all_axes_manual)
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:
@@ -180,7 +186,8 @@ def _check_arrays(q: Array, k: Array, v: Array) -> None:
         raise InputError(f"attention: q has {q.shape[2]} heads, which k's {k.shape[2]} heads do not divide")
 
 
-def _check_number(name: str, value: float | None) -> None:
+def check_number(name: str, value: float | None) -> None:
+    """Raise `InputError` for a traced number, and one that is not above 0."""
     if value is not None and (isinstance(value, jax.Array) or not value > 0):
         raise InputError(f"attention: {name} is {value!r}; it must be a positive Python number")
 

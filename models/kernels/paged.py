@@ -84,10 +84,9 @@ class Gathered:
         return None
 
     def __call__(self, q: Array, k: Paged, v: Paged, lengths: Array, terms: Terms) -> tuple[Array, Array]:
-        """Output and log-sum-exp; values beyond a row's length are zeroed: 0 times no number is no number."""
-        keys, values = k.gathered(), v.gathered()
-        filled = jnp.arange(values.shape[1]) < lengths[:, None]
-        values = jnp.where(filled[:, :, None, None], values, 0)
+        """Output and log-sum-exp; beyond a row's length all is zeroed: 0 times no number is no number."""
+        filled = (jnp.arange(k.shape[1]) < lengths[:, None])[:, :, None, None]
+        keys, values = (jnp.where(filled, each.gathered(), 0) for each in (k, v))
         return Reference()(q, keys, values, dataclasses.replace(terms, mask=terms.mask & Lengths(lengths)))
 
 

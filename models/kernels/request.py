@@ -10,6 +10,10 @@ from .biases import Bias
 from .masks import Mask, describe
 from .terms import Terms
 
+PARTITIONED = (
+    "XLA cannot partition a kernel written by hand; call it inside shard_map, or by name on one device"
+)
+
 T = TypeVar("T", Mask, Bias | None)
 
 
@@ -19,7 +23,8 @@ class Request:
 
     `mask` and `bias` hold shapes in the place of arrays, so an implementation sees their structure. `lse` is
     whether the log-sum-exp, and its gradient, is asked for; `dropout` is the rate, 0 without; `page` is how
-    many keys a page of a cache holds, 0 where keys are no cache in pages.
+    many keys a page of a cache holds, 0 where keys are no cache in pages. `partitioned`: XLA may split the
+    call over several devices, because there are some and it is not inside a `shard_map` over all mesh axes.
     """
 
     platform: str
@@ -38,6 +43,7 @@ class Request:
     dropout: float = 0.0
     lse: bool = False
     page: int = 0
+    partitioned: bool = False
 
     def __str__(self) -> str:
         extras = [describe(self.mask)]

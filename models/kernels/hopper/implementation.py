@@ -14,7 +14,7 @@ from jax import Array
 
 from ..biases import ALiBi, Bias, Bucketed, Dense
 from ..ranges import no_ranges
-from ..request import Request
+from ..request import PARTITIONED, Request
 from ..terms import Terms
 
 _TYPES = ("bfloat16", "float16")
@@ -47,7 +47,9 @@ class Hopper:
         return no_bias or no_ranges(request.mask, request.queries, request.keys)
 
     def unfit(self, request: Request) -> str | None:
-        """Decoding: a block holds 128 queries."""
+        """Decoding, as a block holds 128 queries, and what XLA would have to partition."""
+        if request.partitioned:
+            return PARTITIONED
         return "a block of its kernels holds 128 queries" if request.queries < 16 else None
 
     def __call__(self, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
@@ -70,7 +72,7 @@ def _no_bias(bias: Bias, queries: int, keys: int) -> str | None:
     """Why the kernels cannot read this bias, of arrays or their shapes, or None."""
     match bias:
         case Dense(values=values):
-            if values.shape[2:] != (queries, keys):
+            if values.shape[2:] != (queries, keys) or 1 in (queries, keys):
                 return "its dense biases have a row for every query and a column for every key"
             if jnp.dtype(values.dtype).itemsize not in (2, 4):
                 return f"its biases have 16 or 32 bits, not {values.dtype}"

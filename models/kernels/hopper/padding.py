@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..biases import Bias
+from ..merging import merge_sinks
 from ..ranges import ranges
 from ..terms import Terms
 from ..varying import vary, varying_axes
@@ -36,7 +37,10 @@ def padded_attention(
     bias = None if terms.bias is None else terms.bias.extended(problem.queries, problem.keys)
     out, lse = attend(problem, plan(problem.width, bias), Inputs(q, k, v, seen, bias))
     out, lse = out[:, :queries, :, :width], lse[:, :, :queries]
-    return (out, lse) if terms.sinks is None else _with_sinks(out, lse, jnp.asarray(terms.sinks))
+    if terms.sinks is None:
+        return out, lse
+    wide, lse = merge_sinks(out, lse, jnp.asarray(terms.sinks))
+    return wide.astype(out.dtype), lse
 
 
 def plan(width: int, bias: Bias | None) -> Plan:
@@ -70,11 +74,3 @@ def _padded(array: Array, length: int, width: int) -> Array:
     """Zeros up to `length` positions and `width` numbers each."""
     widths = [(0, 0), (0, length - array.shape[1]), (0, 0), (0, width - array.shape[3])]
     return jnp.pad(array, widths) if any(map(sum, widths)) else array
-
-
-def _with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
-    """A sink adds to the softmax's sum alone: the output shrinks as the log-sum-exp grows."""
-    total = jnp.logaddexp(lse, sinks.astype(lse.dtype)[None, :, None])
-    none = total == -jnp.inf
-    share = jnp.where(none, 0.0, jnp.exp(lse - jnp.where(none, 0.0, total)))
-    return (out * share.transpose(0, 2, 1)[..., None]).astype(out.dtype), total

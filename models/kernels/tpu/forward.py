@@ -115,10 +115,11 @@ def _finish(frame: Frame, refs: Refs, at: At, head: int) -> None:
     if "sinks" in refs.scalars:
         sink = refs.scalars["sinks"][at.heads * frame.heads + head]
         new_top = jnp.maximum(top, sink)
-        shrink = jnp.exp2(top - new_top)
+        finite = jnp.where(new_top == -jnp.inf, 0, new_top)  # neither key nor sink
+        shrink = jnp.exp2(top - finite)
         top, total, out = (
             new_top,
-            total * shrink + jnp.exp2(sink - new_top),
+            total * shrink + jnp.exp2(sink - finite),
             out * across(shrink, out.shape[1]),
         )
     empty = total == 0

@@ -1,30 +1,25 @@
-"""The registered implementation: what it can do, padding and layout, and the gradient's way back."""
+"""The registered implementation: what it can do, and padding and layout.
+
+The kernels, and with them Pallas, are imported when they are first used.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from ..biases import ALiBi, Bucketed
 from ..biases import Dense as DenseBias
 from ..masks import Lengths, describe
 from ..operands import unknown_mask
-from ..request import Request
-from ..spans import pad
+from ..request import PARTITIONED, Request
 from ..terms import Terms
-from ..trees import AnyArray
 from ..varying import vary, varying_axes
-from .bias_gradient import bias_gradient
 from .block_sizes import backward_blocks, forward_blocks
-from .forward import forward
-from .gradients import Saved, key_gradients, query_gradient
-from .plan import LANES, LOG2_E, SUBLANES, Blocks, Plan, fitting_block, padded_length, padded_width
+from .plan import LANES, SUBLANES, Blocks, Plan, fitting_block, padded_length, padded_width
 
 DTYPES = ("float32", "bfloat16")
 MOST_TILES = 1 << 16  # numbers of 4 bytes in scalar memory, of which there is 1 MiB
@@ -61,13 +56,17 @@ class Tpu:
         return unknown_mask(request.mask)
 
     def unfit(self, request: Request) -> str | None:
-        """Few queries fill no block."""
+        """Few queries fill no block, and XLA does not partition what is written by hand."""
+        if request.partitioned:
+            return PARTITIONED
         if request.queries < SUBLANES:
             return f"{request.queries} queries are a small part of a block of {self.lanes}"
         return None
 
     def __call__(self, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
         """Output `[B, T, H, V]` and log-sum-exp `[B, H, T]`."""
+        from .attend import attend
+
         given = (q, k, v, terms)
         q, k, v, terms = vary(given, varying_axes(given))
         (_, queries, _, _), keys = q.shape, k.shape[1]
@@ -78,7 +77,7 @@ class Tpu:
         widths = (plan.width, plan.width, plan.value_width)
         lengths = (plan.queries, plan.keys, plan.keys)
         laid = [_lay(x, *sizes) for x, *sizes in zip((q, k, v), lengths, widths)]
-        out, lse = _attend(plan, *laid, terms)
+        out, lse = attend(plan, *laid, terms)
         return out[:, :, :queries, : v.shape[3]].swapaxes(1, 2), lse[:, :, :queries]
 
     def _plan(self, request: Request, terms: Terms) -> Plan:
@@ -129,43 +128,5 @@ def _request(q: Array, k: Array, v: Array, terms: Terms) -> Request:
 
 def _lay(array: Array, length: int, width: int) -> Array:
     """`[B, T, H, K]` as `[B, H, length, width]`, zeros beyond."""
-    return pad(pad(array, 1, length), 3, width).swapaxes(1, 2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
-    return forward(plan, q, k, v, terms, q.dtype)
-
-
-def _forward(plan: Plan, q: Array, k: Array, v: Array, terms: Terms) -> tuple[tuple[Array, Array], Any]:
-    """Where gradients sum over rows, the output is kept before rounding: its error has one sign in a row."""
-    summed = terms.bias is not None or terms.sinks is not None
-    out, lse = forward(plan, q, k, v, terms, jnp.float32 if summed else q.dtype)
-    return (out.astype(q.dtype), lse), (q, k, v, terms, out, lse)
-
-
-def _backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    q, k, v, terms, out, lse = residuals
-    d_out, d_lse = cotangents
-    empty = lse == -jnp.inf
-    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(3) - d_lse
-    delta = jnp.where(empty, 0, delta)
-    norm = jnp.where(empty, jnp.inf, lse * LOG2_E)  # a row without a key: 2^(-inf - inf) = 0
-    saved = Saved(q, k, v, d_out, norm[:, :, None], delta[:, :, None])
-    dq, (dk, dv) = query_gradient(plan, saved, terms), key_gradients(plan, saved, terms)
-    d_sinks = None
-    if terms.sinks is not None:
-        weights = jnp.exp2(jnp.asarray(terms.sinks, jnp.float32)[:, None] * LOG2_E - norm)
-        d_sinks = -(weights * delta).sum((0, 2)).astype(terms.sinks.dtype)
-    d_bias = jax.tree.map(_cotangent, bias_gradient(plan, saved, terms), terms.bias)
-    return dq, dk, dv, dataclasses.replace(terms, mask=None, bias=d_bias, sinks=d_sinks, dropout=None)
-
-
-_attend.defvjp(_forward, _backward)
-
-
-def _cotangent(gradient: Array, like: AnyArray) -> Array | np.ndarray:
-    """The gradient in the type of the array it belongs to; integers have none."""
-    if jnp.issubdtype(like.dtype, jnp.floating):
-        return gradient.astype(like.dtype)
-    return np.zeros(like.shape, jax.dtypes.float0)
+    beyond = [(0, 0), (0, length - array.shape[1]), (0, 0), (0, width - array.shape[3])]
+    return jnp.pad(array, beyond).swapaxes(1, 2)

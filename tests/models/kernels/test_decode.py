@@ -154,3 +154,20 @@ def test_joined_keys_have_sinks_and_lengths_too(x64):
     wanted = attention(q, k, v, mask=Lengths(lengths), sinks=sinks, impl="reference", return_lse=True)
     np.testing.assert_allclose(out, wanted[0], atol=1e-14)
     np.testing.assert_allclose(lse, wanted[1], atol=1e-14)
+
+
+def test_what_lies_beyond_a_rows_length_has_no_gradient_either():
+    q, _, (k, v) = paged(np.random.default_rng(0), 2)
+    q = jnp.ones((len(LENGTHS), 1, 4, 4))
+    gradient = jax.grad(lambda q: decode_attention(q, k, v, lengths=jnp.asarray(LENGTHS)).sum())(q)
+    assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"impl": "chunked"}, "only 'auto' is valid"), ({"soft_cap": -1.0}, "soft_cap is -1.0")],
+)
+def test_joined_keys_refuse_what_they_do_not_do(change, message):
+    q, k, v = arrays(1, 4, 2)
+    with pytest.raises(InputError, match=message):
+        decode_attention(q, Joined.of(k), Joined.of(v), mask=Full(), **change)

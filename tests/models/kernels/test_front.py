@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from modicum import InputError
-from modicum.models.kernels import Causal, Dropout, Full, attention, implementations, registry
+from modicum.models.kernels import Causal, Dropout, Full, Terms, attention, implementations, registry
+from modicum.models.kernels.front import request_of
 from modicum.models.kernels.request import Request
+from modicum.parallel import MeshShape, make_mesh
 
 Q, KV = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 7, 2, 8))
 
@@ -132,3 +135,23 @@ def test_the_output_has_the_type_of_the_query_and_lse_is_wide(impl):
         out, lse = attention(q, kv, kv, mask=Causal(), impl=impl, return_lse=True)
         assert (out.dtype, lse.dtype, lse.shape) == (dtype, wide, (2, 4, 5))
         np.testing.assert_allclose(np.asarray(out, np.float32), 1, rtol=1e-2)
+
+
+def test_a_mask_given_as_bias_is_an_error():
+    q = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(InputError, match="bias has type bool; it must be floating"):
+        attention(q, q, q, mask=Full(), bias=jnp.ones((1, 1, 4, 4), bool))
+
+
+def test_only_inside_shard_map_is_a_call_not_partitioned():
+    q = jnp.ones((8, 4, 2, 8))
+    seen = []
+
+    def run(q):
+        seen.append(request_of(q, q, q, Terms(Full()), False).partitioned)
+        return q
+
+    mesh = make_mesh(MeshShape(data=8))
+    jax.jit(run)(q)
+    jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(q)
+    assert seen[0] and not seen[-1]

@@ -164,6 +164,17 @@ def _is_jaxpr(value):
     return hasattr(value, "eqns")
 
 
+@pytest.mark.parametrize("queries, keys", [(8, 1), (1, 9)])
+def test_an_axis_of_one(queries, keys):
+    """Padding leaves axes of size 1 alone where they broadcast; those of q, k and v do not."""
+    check(SMALL, case_of(Terms(Full(), scale=0.5), queries, keys), jnp.float32)
+
+
+def test_neither_key_nor_sink_is_no_weight():
+    terms = Terms(Lengths(np.asarray([0, 5])), scale=0.5, sinks=np.asarray([-np.inf, 1, 0, 2], np.float32))
+    check(SMALL, case_of(terms), jnp.float32)
+
+
 def test_what_it_cannot_do_has_a_reason():
     tpu, case = Tpu(), case_of(TERMS["causal"])
     request = dataclasses.replace(request_of(case, jnp.float32), platform="tpu")
@@ -188,5 +199,6 @@ def test_registered_before_the_fallbacks():
     request = dataclasses.replace(request_of(case_of(TERMS["causal"]), jnp.bfloat16), platform="tpu")
     assert choose(request, "auto").name == "tpu"
     assert choose(dataclasses.replace(request, platform="cpu"), "auto").name != "tpu"
+    assert choose(dataclasses.replace(request, partitioned=True), "auto").name == "chunked"
     few = functools.partial(dataclasses.replace, request, queries=1)
     assert choose(few(), "auto").name != "tpu"

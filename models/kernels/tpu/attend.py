@@ -1,0 +1,59 @@
+"""The kernels as one differentiable function: what is kept for the backward pass, and what it calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ..terms import Terms
+from ..trees import AnyArray
+from .bias_gradient import bias_gradient
+from .forward import forward
+from .gradients import Saved, key_gradients, query_gradient
+from .plan import LOG2_E, Plan
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(plan: Plan, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
+    """Output `[B, H, T, V]` and log-sum-exp `[B, H, T]` of padded q, k and v, heads before positions."""
+    return forward(plan, q, k, v, terms, q.dtype)
+
+
+def _forward(plan: Plan, q: Array, k: Array, v: Array, terms: Terms) -> tuple[tuple[Array, Array], Any]:
+    """Where gradients sum over rows, the output is kept before rounding: its error has one sign in a row."""
+    summed = terms.bias is not None or terms.sinks is not None
+    out, lse = forward(plan, q, k, v, terms, jnp.float32 if summed else q.dtype)
+    return (out.astype(q.dtype), lse), (q, k, v, terms, out, lse)
+
+
+def _backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    q, k, v, terms, out, lse = residuals
+    d_out, d_lse = cotangents
+    empty = lse == -jnp.inf
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(3) - d_lse
+    delta = jnp.where(empty, 0, delta)
+    norm = jnp.where(empty, jnp.inf, lse * LOG2_E)  # a row without a key: 2^(-inf - inf) = 0
+    saved = Saved(q, k, v, d_out, norm[:, :, None], delta[:, :, None])
+    dq, (dk, dv) = query_gradient(plan, saved, terms), key_gradients(plan, saved, terms)
+    d_sinks = None
+    if terms.sinks is not None:
+        weights = jnp.exp2(jnp.asarray(terms.sinks, jnp.float32)[:, None] * LOG2_E - norm)
+        d_sinks = -(weights * delta).sum((0, 2)).astype(terms.sinks.dtype)
+    d_bias = jax.tree.map(_cotangent, bias_gradient(plan, saved, terms), terms.bias)
+    return dq, dk, dv, dataclasses.replace(terms, mask=None, bias=d_bias, sinks=d_sinks, dropout=None)
+
+
+attend.defvjp(_forward, _backward)
+
+
+def _cotangent(gradient: Array, like: AnyArray) -> Array | np.ndarray:
+    """The gradient in the type of the array it belongs to; integers have none."""
+    if jnp.issubdtype(like.dtype, jnp.floating):
+        return gradient.astype(like.dtype)
+    return np.zeros(like.shape, jax.dtypes.float0)
