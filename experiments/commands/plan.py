@@ -4,6 +4,7 @@ used.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -29,11 +30,11 @@ class Plan:
     chip: str = "v5p"
     """v4, v5e, v5p, v6e, 7x, v100, a100-40, a100-80, h100 or h200."""
     topology: str = "4x4x4"
-    """Shape of the slice; for GPUs hosts x GPUs of a host, or how many."""
+    """Shape of the slice; for GPUs hosts x GPUs used of a host, or how many."""
     batch: int = 1536
     """Rows of a step, over all devices."""
-    seq: int = 2048
-    """Tokens of a row."""
+    seq: int | None = None
+    """Tokens of a row; by default 2048, or as many as the model has positions for."""
     tokens: float = 0.0
     """Tokens to train on, for days and cost."""
     price: float | None = None
@@ -67,16 +68,28 @@ class Plan:
         """Print the plan."""
         from ...models.presets import preset
 
-        for name in ("batch", "seq"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.tokens < 0 or (self.price is not None and self.price < 0):
-            raise InputError("tokens and price must not be negative")
+        self._check()
         config = preset(self.model)
-        print(self._serving(config) if self.serve else self._training(config), end="")
+        length = self.seq or min(2048, config.positions.limit or 2048)
+        config.positions.require(length)
+        print(self._serving(config, length) if self.serve else self._training(config, length), end="")
         return 0
 
-    def _training(self, config: TransformerConfig) -> str:
+    def _check(self) -> None:
+        for name in ("batch", "seq"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
+        for name in ("tokens", "price"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name}={value} must be finite and must not be negative")
+        if self.efficiency is not None and not 0 < self.efficiency <= 1:
+            raise InputError(f"efficiency={self.efficiency} must be above 0 and at most 1")
+        if self.serve and self.smallest:
+            raise InputError("--serve and --smallest are different questions; give one of them")
+
+    def _training(self, config: TransformerConfig, length: int) -> str:
         from ...parallel.plan import Job, Topology, chip, recipe
         from ...research.planning.report import plan_text
         from ...research.planning.tables import layer_table
@@ -86,17 +99,18 @@ class Plan:
         search = self._search()
         table = layer_table(
             config,
-            self.seq,
+            length,
             bytes_each,
             name=self.model,
             flash=not self.stored_scores,
             chunked=self.chunked_loss,
         )
-        job = Job(table, bytes_each, self.batch, self.seq)
+        job = Job(table, bytes_each, self.batch, length)
         if self.smallest:
             least = search.smallest(job, on)
             if least is None:
-                raise InputError(f"{self.model} at batch {self.batch} fits no slice of {self.chip}")
+                mesh = f" with mesh {self.mesh}" if self.mesh else ""
+                raise InputError(f"{self.model} at batch {self.batch}{mesh} fits no slice of {self.chip}")
             topology = least.topology
         return plan_text(job, search.plans(job, topology), self.tokens, self.price)
 
@@ -104,19 +118,15 @@ class Plan:
         from ...parallel.mesh import MeshShape
         from ...parallel.plan import Assumptions, Search
 
-        assume = Assumptions()
-        if self.efficiency is not None:
-            if not 0 < self.efficiency <= 1:
-                raise InputError(f"efficiency={self.efficiency} must be above 0 and at most 1")
-            assume = Assumptions(efficiency=self.efficiency)
+        assume = Assumptions() if self.efficiency is None else Assumptions(efficiency=self.efficiency)
         mesh = MeshShape.parse(self.mesh) if self.mesh else None
         return Search(self.axes, self.remat, offload=self.offload, mesh=mesh, assume=assume)
 
-    def _serving(self, config: TransformerConfig) -> str:
+    def _serving(self, config: TransformerConfig, length: int) -> str:
         from ...models.costs import parameter_count
         from ...models.transformer import Transformer
         from ...parallel.plan import Topology, chip
-        from ...research.planning.report import serving_table
+        from ...research.planning.report import remembered_note, serving_table
         from ...research.planning.serving import cache_bytes_per_token, serving_of
 
         if min(self.serve_batch, default=1) < 1:
@@ -125,16 +135,17 @@ class Plan:
         chips = Topology.parse(on, self.topology).size
         number = 2 if self.weights == "half" else 1
         count = parameter_count(Transformer(config))
-        served = serving_of(config, count, on, chips, number, self.efficiency or 1.0)
+        reached = 1.0 if self.efficiency is None else self.efficiency
+        served = serving_of(config, count, on, chips, number, reached)
         price = on.price if self.price is None else self.price
-        table = serving_table(served, self.serve_batch, self.seq, price)
+        table = serving_table(served, self.serve_batch, length, price)
         single = replace(config, attention=replace(config.attention, kv_heads=1), pattern=())
         cache = f"{served.cache_bytes / 1024:,.1f} KiB"
         if config.attention.groups > 1:
             cache += f" ({cache_bytes_per_token(single, number) / 1024:,.1f} with one key/value head)"
         return (
             f"{self.model} on {chips} {on.name}: {count:,} parameters, cache of {cache} a token, at most "
-            f"{served.largest_batch(self.seq):,} rows of {self.seq} tokens\n"
+            f"{served.largest_batch(length):,} rows of {length} tokens\n"
             f"at {served.efficiency:.0%} of bandwidth and peak, sums over chips left out:\n\n"
-            f"{table.markdown()}"
+            f"{table.markdown()}" + "".join(f"{line}\n" for line in remembered_note(on))
         )

@@ -59,7 +59,7 @@ class Chain:
         gradient, x = self.sizes[last + 1], self.sizes
         if first == last:
             return self._from(gradient + self.saved[first], self._both(first))
-        best = _after(self.saved[first], table[first + 1, last]) + self._both(first)
+        best = _after(self.saved[first], table[first + 1, last]) + table[first, first]
         ahead = 0.0
         for cut in range(first + 1, last + 1):
             ahead += self.forward[cut - 1]

@@ -26,7 +26,7 @@ class Chip:
              GPU's links to the switch of its host
     network  bytes/s one way of a chip's share of its host's network
     host     chips of one host;  pcie: bytes/s one way between a chip and its host's memory
-    pod      chips of the largest torus (0: hosts are joined by the network alone)
+    pod      chips of the largest slice (0: hosts are joined by the network alone)
     power    watts, the most;  price: US dollars an hour, list price on demand
     sources  for each field where its figure was read
     """
@@ -67,6 +67,7 @@ BOOK = "jax-ml/scaling-book tpus.md, tables of chips and of links"
 TPU7X = "docs.cloud.google.com/tpu/docs/tpu7x, table of v5p, v6e and 7x"
 PRICES = "jax-ml/scaling-book applied-inference.md, quoting cloud.google.com/tpu/pricing"
 LOCKWOOD = "glennklockwood.com/garden/processors/A100, quoting NVIDIA's data sheet"
+HOPPER = "glennklockwood.com/garden/processors/h100: BF16 989.4, FP8 1978.9 TFLOP/s, dense"
 ACE = "acecloud.ai, table of A100, H100, H200"
 AWS = "datareceipts/data-receipts 109-gpu-pricing, AWS us-east-1 on demand, 2026-11-09"
 SMI = "nvidia-smi in public logs, such as «0MiB / 81251MiB» for an A100-SXM 80 GB"
@@ -123,10 +124,11 @@ TPUS = (
         host=4,
         pcie=15 * GB,
         torus=3,
-        pod=8960,
+        pod=6144,  # of the 8960 chips of a whole pod
         price=4.2,
         sources={
-            "peak (bfloat16), memory, bandwidth, network, pod": TPU7X,
+            "peak (bfloat16), memory, bandwidth, network": TPU7X,
+            "pod": "cloud.google.com/tpu/docs/v5p-training: the largest job is 16x16x24, 6144 of 8960 chips",
             "peak (int8), link, host, pcie": BOOK,
             "price": PRICES,
         },
@@ -240,8 +242,7 @@ GPUS = (
         power=700,
         price=6.88,
         sources={
-            "peak (16 bit)": "the division in NVIDIA's dgxc-benchmarking 25.02: 506.6 TFLOP/s is 51%",
-            "peak (float8)": "remembered: twice the 16-bit rate",
+            "peak": HOPPER,
             "bandwidth, link, power, pcie": ACE,
             "memory": SMI,
             "network": "datareceipts/data-receipts 109-gpu-pricing: 400 Gb/s a GPU (Azure ND H100 v5)",
@@ -261,7 +262,7 @@ GPUS = (
         power=700,
         price=7.912,
         sources={
-            "peak": "remembered: as H100, of the same processor",
+            "peak": f"{HOPPER}; the same processor",
             "bandwidth, link, power, pcie": ACE,
             "memory": SMI,
             "network": "remembered: 400 Gb/s a GPU, as H100",

@@ -3,28 +3,31 @@
 For T tokens a step on each group of t tensor (and p pipe) devices, forward operations F a token and
 recomputed R:
 
-    compute   max((3 F + R) T / (t p) / (peak x efficiency), weights read 3 times a micro-batch / bandwidth)
-    memory    (3 x bytes a token outside products T / t + 2 x optimizer, gradients, parameters) / bandwidth
+    compute   max(3 F T / (t p) / (peak x efficiency), weights read 3 times a micro-batch / bandwidth), and
+              R T / (t p) / (peak x efficiency) with the traffic and the sums that are done again
+    memory    (3 x bytes a token outside products T / (t p) + 2 x optimizer, 2 x parameters, gradients)
+              / bandwidth
     data      ZeRO 0: 2 G (d-1)/d;  1: gradients and parameters once each;  2: gradients each micro-batch;
               3: parameters twice and gradients once each micro-batch
     fsdp      as ZeRO 3
     tensor    2 (t-1)/t x stream bytes x T x sums of forward, backward and recomputation
-    context   3 (c-1) x bytes of keys and values x T (forward once; backward keys, values and their gradients)
-    pipe      2 x stream bytes x T;  bubble: (p-1)/(micro-batches x interleaved parts) of everything
+    context   3 (c-1) x bytes of keys and values x T / t (forward once; backward with their gradients)
+    pipe      2 x stream bytes x T x interleaved parts / t;  bubble: (p-1)/(micro-batches x parts) of all
     offload   optimizer state to the host and back, over PCIe
 
-Bytes over a link are divided by `Topology.bandwidths`; a ring's (n-1)/n is in. Communication over data,
-fsdp, context and pipe hides behind `overlap` of the compute, that over tensor does not. Latency is not
-modelled.
+Where a pipeline's stages differ, the slowest counts: the head is the last stage's. Bytes over a link are
+divided by `Topology.bandwidths`; a ring's (n-1)/n is in. Communication over data, fsdp, context and pipe and
+offloading hide behind `overlap` of the compute, what ZeRO 0 and 1 send over data, once a step, behind that of
+one micro-batch; that over tensor does not hide. Latency is not modelled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from .layers import Layer, LayerTable, Recipe
-from .memory import Split, held_numbers, stage_share
+from .memory import Split, held_numbers, stage_loads, stage_share
 from .topology import Topology
 
 
@@ -120,31 +123,47 @@ def step_time(
     """Seconds of a step; `recomputed` are the seconds a token that remat adds on a device."""
     mesh, table = split.mesh, job.table
     tokens = split.tokens(job.batch, job.length) * split.accumulate
-    layers, ends = (
-        sum(layer_time(layer, topology, split, assume) for layer in group)
-        for group in (table.layers, table.ends)
-    )
-    products = (layers * stage_share(table, mesh.pipe) + ends / mesh.pipe) * tokens
-    numbers, _ = held_numbers(job.table, mesh)
+    numbers, _ = held_numbers(table, mesh)
     reads = 3 * numbers * job.recipe.compute * split.accumulate / topology.chip.bandwidth
-    compute = max(products, reads) + recomputed * tokens
-    memory = _memory_time(job, topology, split, tokens)
+
+    def stage(share: float, ends: tuple[Layer, ...]) -> tuple[float, float]:
+        layers = sum(layer_time(layer, topology, split, assume) for layer in table.layers) * share
+        products = (layers + sum(layer_time(layer, topology, split, assume) for layer in ends)) * tokens
+        again = recomputed * tokens * share / stage_share(table, mesh.pipe)
+        traffic = _load(table, share, ends, lambda layer: layer.traffic)
+        return max(products, reads) + again, _memory_time(job, topology, split, traffic * tokens)
+
+    compute, memory = max((stage(*load) for load in stage_loads(table, mesh.pipe)), key=sum)
     communication = communication_times(job, topology, split)
-    exposed = communication.get("tensor", 0.0)
-    hideable = sum(seconds for axis, seconds in communication.items() if axis != "tensor")
-    exposed += max(0.0, hideable - assume.overlap * compute)
+    exposed = _exposed(communication, split, assume.overlap * compute)
     bubble = (compute + memory + exposed) * (mesh.pipe - 1) / split.accumulate
     bubble /= split.interleave
     return StepTime(compute, memory, communication, exposed, bubble)
 
 
-def _memory_time(job: Job, topology: Topology, split: Split, tokens: float) -> float:
-    mesh, recipe = split.mesh, job.recipe
-    traffic = sum(layer.traffic for layer in (*job.table.layers, *job.table.ends))
-    numbers, _ = held_numbers(job.table, mesh)
+def _load(table: LayerTable, share: float, ends: tuple[Layer, ...], cost: Callable[[Layer], float]) -> float:
+    """A cost of one stage: its part of the layers, and its ends."""
+    return sum(map(cost, table.layers)) * share + sum(map(cost, ends))
+
+
+def _exposed(communication: Mapping[str, float], split: Split, window: float) -> float:
+    """Seconds of communication that do not hide behind `window` seconds of a step's compute.
+
+    ZeRO 0 and 1 send gradients once, when the last micro-batch's are there.
+    """
+    once = communication.get("data", 0.0) if split.zero < 2 else 0.0
+    hidden = min(once, window / split.accumulate)
+    tensor = communication.get("tensor", 0.0)
+    rest = sum(communication.values()) - once - tensor
+    return tensor + once - hidden + max(0.0, rest - (window - hidden))
+
+
+def _memory_time(job: Job, topology: Topology, split: Split, traffic: float) -> float:
+    recipe = job.recipe
+    numbers, _ = held_numbers(job.table, split.mesh)
     _, _, shards = split.shards
     update = numbers / shards * (2 * recipe.optimizer + 2 * recipe.parameter + recipe.gradient)
-    return (3 * traffic * tokens / mesh.tensor / mesh.pipe + update) / topology.chip.bandwidth
+    return (3 * traffic / split.mesh.tensor + update) / topology.chip.bandwidth
 
 
 def communication_times(job: Job, topology: Topology, split: Split) -> dict[str, float]:
@@ -177,13 +196,16 @@ def communication_bytes(job: Job, split: Split) -> dict[str, float]:
         sent["data"] = by_level[split.zero] / mesh.fsdp * (mesh.data - 1) / mesh.data
     layers = job.table.layers
     if mesh.tensor > 1:
-        sums = sum(layer.stream * layer.reductions for layer in layers) / mesh.pipe
-        ends = sum(layer.stream * layer.reductions for layer in job.table.ends)
-        sent["tensor"] = 2 * (mesh.tensor - 1) / mesh.tensor * 2 * (sums + ends) * tokens
+        sums = max(
+            _load(job.table, share, ends, lambda layer: layer.stream * layer.reductions)
+            for share, ends in stage_loads(job.table, mesh.pipe)
+        )
+        sent["tensor"] = 2 * (mesh.tensor - 1) / mesh.tensor * 2 * sums * tokens
     if mesh.context > 1:
-        sent["context"] = 3 * (mesh.context - 1) * sum(layer.keys for layer in layers) / mesh.pipe * tokens
-        sent["context"] /= mesh.tensor
+        keys = sum(layer.keys for layer in layers) * stage_share(job.table, mesh.pipe)
+        sent["context"] = 3 * (mesh.context - 1) * keys / mesh.tensor * tokens
         sent["context"] += 2 * recipe.gradient * numbers / split.shards[1] * (mesh.context - 1) / mesh.context
     if mesh.pipe > 1:
-        sent["pipe"] = 2 * layers[0].stream * tokens / (mesh.tensor if split.sequence else 1)
+        handed = layers[0].stream / (mesh.tensor if split.sequence else 1)
+        sent["pipe"] = 2 * handed * tokens * split.interleave
     return sent

@@ -7,8 +7,8 @@ recipe's bytes a number:
     gradients   N/(t p) * gradient  / f, and / d from ZeRO 2
     optimizer   N/(t p) * optimizer / f, and / d from ZeRO 1
     activations tokens of a micro-batch on a device x bytes a token kept (`Remat`) x micro-batches in flight
-    temporaries copies of parameters in the type of the products, gathered layers, one layer's gradient, the
-                accumulator's second half, and the largest of the layers' and the head's working sets
+    temporaries copies of parameters in the type of the products, gathered layers or tables, one's gradient,
+                the accumulator's second half, and the largest of the layers' and the head's working sets
 
 Norms and biases, which tensor parallelism leaves whole, are counted whole. Not modelled: fragmentation, the
 compiler's own choices, and what a framework reserves (`Assumptions.reserve`).
@@ -30,7 +30,7 @@ class Split:
     sequence    whether the stream between tensor-parallel products is split over the length too
     offload     whether the optimizer's state lives in the host's memory
     gathered    layers whose parameters are whole at once (the one in use and the next)
-    interleave  parts of the model that a pipeline stage has in turn, each adding to its micro-batches
+    interleave  parts of the model that a pipeline stage has in turn: a shorter bubble, more sent and kept
     """
 
     mesh: MeshShape
@@ -54,11 +54,13 @@ class Split:
         return batch * length / (mesh.data * mesh.fsdp * mesh.context * self.accumulate)
 
     @property
-    def in_flight(self) -> int:
+    def in_flight(self) -> float:
         """Micro-batches whose activations the first pipeline stage holds at once (one forward, one
-        backward).
+        backward); interleaved, p (1 + (p-1)/(p v)) of them (Korthikanti et al., 2022, section 4.2.3).
         """
-        return min(self.mesh.pipe, self.accumulate)
+        pipe, parts = self.mesh.pipe, self.interleave
+        held = pipe if parts == 1 else pipe + (pipe - 1) / parts
+        return min(held, self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,11 @@ def fixed_memory(table: LayerTable, recipe: Recipe, split: Split, batch: int, le
     gradients = numbers * recipe.gradient / gradient_shards
     optimizer = numbers * recipe.optimizer / optimizer_shards
     moving = numbers * recipe.compute / shards if recipe.copied else 0.0
+    end = max((layer.held(split.mesh.tensor) for layer in table.ends), default=0.0)
     if shards > 1:
-        moving += split.gathered * largest * recipe.compute
+        moving += max(split.gathered * largest, end) * recipe.compute
     if gradient_shards > 1:
-        moving += largest * recipe.gradient
+        moving += max(largest, end) * recipe.gradient
     if split.accumulate > 1:
         moving += gradients
     ends = sum(_kept(layer, split) for layer in table.ends)
@@ -126,6 +129,17 @@ def stage_layers(table: LayerTable, pipe: int) -> int:
 def stage_share(table: LayerTable, pipe: int) -> float:
     """The part of the layers that the fullest stage has."""
     return stage_layers(table, pipe) / len(table.layers)
+
+
+def stage_loads(table: LayerTable, pipe: int) -> tuple[tuple[float, tuple[Layer, ...]], ...]:
+    """(part of the layers, ends) of the stages that can be the slowest: one of the fullest, with what stands
+    before the layers, and the last, with what stands after them and the layers that are left.
+    """
+    if pipe == 1:
+        return ((1.0, table.ends),)
+    full, count = stage_layers(table, pipe), len(table.layers)
+    left = max(0, count - (pipe - 1) * full)
+    return (full / count, table.ends[:1]), (left / count, table.ends[1:])
 
 
 def working_bytes(table: LayerTable, split: Split) -> float:

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from ... import InputError
 from ..mesh import MeshShape
 from .chips import Chip
 from .costs import Assumptions, Job, StepTime, layer_time, recomputed_time, step_time
 from .dynamic import Frontier, Option, frontier
-from .layers import Layer
+from .layers import Layer, LayerTable
 from .memory import Memory, Split, fixed_memory, stage_layers
 from .topology import Topology, smaller_slices
 
 AXES = ("data", "fsdp", "tensor")
 OFFLOADED = "offload"
+
+
+class Need(NamedTuple):
+    """The least bytes that a split takes: of the device, and with that of its host."""
+
+    device: float
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,23 @@ class Search:
 
     def plans(self, job: Job, topology: Topology) -> list[Plan]:
         """Every way that fits, the fastest first; raises InputError where none does, with what would do."""
-        found, nearest = self._all(job, topology)
+        found, needs = self._all(job, topology)
         if found:
             return sorted(found, key=_order)
-        raise InputError(self._too_large(job, topology, nearest))
+        raise InputError(self._too_large(job, topology, needs))
 
     def smallest(self, job: Job, chip: Chip) -> Plan | None:
-        """The best plan on the smallest slice of the chip on which any fits, None where none does."""
-        for candidate in smaller_slices(chip):
+        """The best plan on the smallest slice of the chip on which any fits, None where none does.
+
+        Raises InputError where a mesh is given that is the size of no slice.
+        """
+        slices = smaller_slices(chip)
+        if self.mesh and self.mesh.size not in [candidate.size for candidate in slices]:
+            raise InputError(
+                f"mesh {self.mesh} has {self.mesh.size} devices, which no slice of {chip.name} has that is "
+                f"tried; these have 1, 2, 4 and so on up to {slices[-1].size}"
+            )
+        for candidate in slices:
             try:
                 found, _ = self._all(job, candidate)
             except InputError:  # nothing divides there
@@ -77,28 +94,28 @@ class Search:
                 return min(found, key=_order)
         return None
 
-    def _all(self, job: Job, topology: Topology) -> tuple[list[Plan], float]:
-        """What fits, and the least bytes a device of what does not (infinite where nothing divides)."""
-        found, nearest, fronts = [], float("inf"), {}
+    def _all(self, job: Job, topology: Topology) -> tuple[list[Plan], list[Need]]:
+        """What fits, and what each split needs at least."""
+        found, needs, fronts = [], [], {}
         for split in self.splits(job, topology):
             away = self._layers_for_host(job, split)
             key = (split.mesh.tensor, split.mesh.pipe, away)
             if key not in fronts:
                 fronts[key] = self._front(job, topology, split, away)
-            plan, least = self.evaluate(job, topology, split, fronts[key])
-            nearest = min(nearest, least)
+            plan, need = self.evaluate(job, topology, split, fronts[key])
+            needs.append(need)
             found += [plan] if plan is not None else []
-        return found, nearest
+        return found, needs
 
     def evaluate(
         self, job: Job, topology: Topology, split: Split, front: Frontier | None = None
-    ) -> tuple[Plan | None, float]:
-        """The best plan of a split, None where none fits, and the least bytes a device that would do."""
+    ) -> tuple[Plan | None, Need]:
+        """The best plan of a split, None where none fits, and the least bytes that would do."""
         front = front or self._front(job, topology, split, self._layers_for_host(job, split))
         fixed = fixed_memory(job.table, job.recipe, split, job.batch, job.length)
         tokens = split.tokens(job.batch, job.length) * split.in_flight
         budget = topology.chip.memory * (1 - self.assume.reserve)
-        least = fixed.total + front.least * tokens
+        least = Need(fixed.total + front.least * tokens, fixed.host)
         point = front.best((budget - fixed.total) / tokens)
         if point is None or fixed.host > self.assume.host:
             return None, least
@@ -147,23 +164,31 @@ class Search:
 
     def splits(self, job: Job, topology: Topology) -> Iterator[Split]:
         """Every split that divides; raises InputError, naming a reason, where none does."""
-        why, any_mesh = "", False
-        for mesh in self._meshes(topology):
-            refusal = _refuse(job, mesh)
-            why = why or refusal
-            if refusal:
-                continue
-            any_mesh = True
+        meshes = [(mesh, _refuse(job, mesh)) for mesh in self._meshes(topology)]
+        good = [mesh for mesh, refusal in meshes if not refusal]
+        if not good:
+            why = meshes[0][1] if len(meshes) == 1 else _allowed(job, self.axes, topology.size)
+            raise InputError(
+                f"no mesh over {', '.join(self.axes)} of {topology.size} devices divides the job: {why}"
+            )
+        if not any(self._micro_batches(job, mesh) for mesh in good):
+            raise InputError(self._uncut(job, min(good, key=lambda mesh: mesh.pipe)))
+        for mesh in good:
             for zero in self._levels(mesh):
                 for accumulate in self._micro_batches(job, mesh):
                     for offload in (False, True)[: 1 + self.offload]:
                         yield Split(
                             mesh, zero, accumulate, self.sequence, offload, interleave=self.interleave
                         )
-        if not any_mesh:
-            raise InputError(
-                f"no mesh over {', '.join(self.axes)} of {topology.size} devices divides the job: {why}"
-            )
+
+    def _uncut(self, job: Job, mesh: MeshShape) -> str:
+        """Why no number of micro-batches will do."""
+        rows = job.batch // (mesh.data * mesh.fsdp)
+        text = f"batch {job.batch} cannot be cut into micro-batches: mesh {mesh} has {rows} rows a replica"
+        if self.accumulate is not None and rows % self.accumulate:
+            return f"{text}, which {self.accumulate} does not divide"
+        count = rows if self.accumulate is None else self.accumulate
+        return f"{text}; pipe={mesh.pipe} needs at least {mesh.pipe} micro-batches, there can be {count}"
 
     def _meshes(self, topology: Topology) -> Iterable[MeshShape]:
         if self.mesh is None:
@@ -181,27 +206,34 @@ class Search:
         redundant = self.mesh is None and "fsdp" in self.axes
         return [level for level in self.levels if level < 3 or not redundant]
 
-    def _micro_batches(self, job: Job, mesh: MeshShape) -> Iterable[int]:
+    def _micro_batches(self, job: Job, mesh: MeshShape) -> list[int]:
         rows = job.batch // (mesh.data * mesh.fsdp)
         counts = _divisors(rows) if self.accumulate is None else (self.accumulate,)
         return [count for count in counts if rows % count == 0 and count >= mesh.pipe]
 
-    def _too_large(self, job: Job, topology: Topology, nearest: float) -> str:
-        budget = topology.chip.memory * (1 - self.assume.reserve)
-        if nearest == float("inf"):
-            return (
-                f"batch {job.batch} cannot be cut into micro-batches as the search was told; "
-                f"give another batch or another number of them"
-            )
+    def _too_large(self, job: Job, topology: Topology, needs: list[Need]) -> str:
         text = (
-            f"{job.table.name} does not fit {topology} {topology.chip.name}: the smallest plan needs "
-            f"{nearest / 2**30:.1f} GiB a device, {budget / 2**30:.1f} GiB are there"
+            f"{job.table.name} does not fit {topology} {topology.chip.name}: {self._lacking(topology, needs)}"
         )
         free = Search(self.axes, self.remats, self.levels, self.offload, self.sequence, assume=self.assume)
         enough = free.smallest(job, topology.chip)
         if enough is None:
             return f"{text}; no slice of {topology.chip.name} would do at batch {job.batch}"
         return f"{text}; the smallest slice that would do is {enough.topology} ({enough.topology.size} chips)"
+
+    def _lacking(self, topology: Topology, needs: list[Need]) -> str:
+        """Which memory is too small, and by how much: the device's, its host's, or one or the other."""
+        budget, host = topology.chip.memory * (1 - self.assume.reserve), self.assume.host
+        there = f"{budget / 2**30:.1f} GiB are there"
+        alone = min((need.device for need in needs if need.host <= host), default=float("inf"))
+        text = f"the smallest plan needs {alone / 2**30:.1f} GiB a device, {there}"
+        helped = [need.host for need in needs if need.device <= budget and need.host > host]
+        if not helped:
+            return text if alone < float("inf") else f"{text} and the host's memory is too small as well"
+        wanted = f"{min(helped) / 2**30:.1f} GiB of its host's, {host / 2**30:.1f} GiB are taken to be there"
+        if alone == float("inf"):
+            return f"offloaded, a device needs {wanted}"
+        return f"{text}; offloaded, a device would do, but needs {wanted}"
 
 
 def _kept(layer: Layer, split: Split) -> dict[str, float]:
@@ -236,6 +268,26 @@ def _refuse(job: Job, mesh: MeshShape) -> str:
     if len(job.table.layers) < mesh.pipe:
         return f"pipe={mesh.pipe} is more than layers={len(job.table.layers)}"
     return job.table.refuse("tensor", mesh.tensor)
+
+
+def _allowed(job: Job, axes: Sequence[str], size: int) -> str:
+    """Which ways of so many devices each axis could have."""
+    parts = _divisors(size)
+    ways = {
+        "data x fsdp": ([n for n in parts if job.batch % n == 0], f"batch={job.batch}"),
+        "tensor": ([n for n in parts if not job.table.refuse("tensor", n)], _named(job.table, size)),
+        "context": ([n for n in parts if job.length % n == 0], f"length={job.length}"),
+        "pipe": ([n for n in parts if n <= len(job.table.layers)], f"layers={len(job.table.layers)}"),
+    }
+    there = [name for name in ways if set(name.split(" x ")) & set(axes)]
+    texts = [f"{name} can be {', '.join(map(str, ways[name][0]))} ({ways[name][1]})" for name in there]
+    return "; ".join(texts)
+
+
+def _named(table: LayerTable, size: int) -> str:
+    """The size that keeps tensor from having all devices, or that it is free."""
+    refusal = table.refuse("tensor", size)
+    return refusal.partition(" divide ")[2] or "any"
 
 
 @lru_cache

@@ -14,10 +14,8 @@ from ... import InputError
 from ..mesh import MESH_AXES, MeshShape
 from .chips import Chip
 
-FULL_RING = {
-    2: 16,
-    3: 4,
-}  # a dimension wraps around from this size (scaling-book: 16 on v5e/v6e, 4 on v4/v5p)
+WRAPPED = 16  # a dimension of a two-dimensional torus wraps around at this size (scaling-book, v5e and v6e)
+CUBE = 4  # a three-dimensional one at all only where it is made of whole cubes of this edge (v4, v5p)
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,18 @@ class Topology:
             raise InputError(
                 f"topology {self} has {size} chips; the largest slice of {chip.name} has {chip.pod}"
             )
-        if not chip.torus and size > chip.host and size % chip.host:
+        if not chip.torus:
+            self._check_hosts()
+
+    def _check_hosts(self) -> None:
+        chip, size = self.chip, self.size
+        if len(self.shape) > 2:
+            raise InputError(
+                f"topology {self}: {chip.name} takes hosts x GPUs of a host, such as 8x{chip.host}"
+            )
+        if len(self.shape) == 2 and self.shape[1] > chip.host:
+            raise InputError(f"topology {self}: a host of {chip.name} has {chip.host}, not {self.shape[1]}")
+        if len(self.shape) == 1 and size > chip.host and size % chip.host:
             raise InputError(f"topology {self}: {size} {chip.name} do not fill hosts of {chip.host}")
 
     @classmethod
@@ -54,6 +63,11 @@ class Topology:
     def size(self) -> int:
         """The number of chips."""
         return math.prod(self.shape)
+
+    @property
+    def host(self) -> int:
+        """The chips used of each host."""
+        return self.shape[1] if not self.chip.torus and len(self.shape) == 2 else self.chip.host
 
     def __str__(self) -> str:
         return "x".join(map(str, self.shape))
@@ -77,12 +91,16 @@ class Topology:
 
     def _on_torus(self, size: int) -> float:
         dimensions = [extent for extent in self.shape if extent > 1]
-        full = FULL_RING[self.chip.torus]
-        links = sum(2.0 if extent % full == 0 else 1.0 for extent in dimensions)
+        links = sum(2.0 if self._wraps(extent) else 1.0 for extent in dimensions)
         return self.chip.link * links * math.log(size) / math.log(self.size)
 
+    def _wraps(self, extent: int) -> bool:
+        if self.chip.torus == 2:
+            return extent % WRAPPED == 0
+        return len(self.shape) == 3 and all(each % CUBE == 0 for each in self.shape)
+
     def _on_hosts(self, size: int, inside: int) -> float:
-        within = max(1, min(size, self.chip.host // inside))
+        within = max(1, min(size, self.host // inside))
         if within == size:
             return self.chip.link
         return min(self.chip.link, self.chip.network * within)

@@ -30,7 +30,7 @@ def plan_text(job: Job, plans: Sequence[Plan], tokens: float, price: float | Non
         f"recomputed)",
     ]
     lines += _cost_lines(tokens, rate, chips, price, chip)
-    lines += [why_runner_up_lost(plans), *_remembered(chip)]
+    lines += [why_runner_up_lost(plans), *remembered_note(chip)]
     return "\n".join(line for line in lines if line is not None) + "\n"
 
 
@@ -120,7 +120,8 @@ def _cost_lines(tokens: float, rate: float, chips: int, price: float | None, chi
     return [text]
 
 
-def _remembered(chip: Chip) -> list[str]:
+def remembered_note(chip: Chip) -> list[str]:
+    """A line naming the figures of the chip that were not read in a source; none where all were."""
     if not chip.remembered:
         return []
     return [f"note: of {chip.name}, {', '.join(chip.remembered)} is remembered and was not read in a source"]

@@ -40,7 +40,7 @@ def test_its_days_and_dollars_follow_from_its_rate(gpt3):
 
 def test_the_smallest_slice(modicum):
     said = modicum("plan", "gpt2-xl", "--chip", "v5e", "--topology", "4x4", "--batch", 8, "--smallest")
-    assert said.code == 0 and "v5e (4 chips)" in said.out
+    assert said.code == 0 and "v5e (2 chips)" in said.out
 
 
 def test_serving_rises_with_the_batch_until_it_does_not_fit(modicum):
@@ -58,6 +58,7 @@ def test_a_remembered_figure_is_said_to_be(modicum):
     options = ("plan", "gpt2", "--topology", 8, "--batch", 64, "--seq", 512)
     assert "network is remembered" in modicum(*options, "--chip", "v100").out
     assert "remembered" not in modicum(*options, "--chip", "v5p").out
+    assert "network is remembered" in modicum(*options, "--chip", "v100", "--serve").out
 
 
 @pytest.mark.parametrize(
@@ -67,11 +68,23 @@ def test_a_remembered_figure_is_said_to_be(modicum):
         (("--topology", "4x4x4x4"), "joined in 3 dimensions"),
         (("--topology", "big"), "topology 'big' is no shape"),
         (("--batch", 0), "batch=0 must be at least 1"),
+        (("--batch", 7), "data x fsdp can be 1 (batch=7); tensor can be 1, 2, 4 (heads of layer 0=12)"),
+        (
+            ("--axes", "pipe", "--batch", 4, "--topology", "2x2x3"),
+            "mesh pipe=12 has 4 rows a replica; pipe=12 needs at least 12 micro-batches",
+        ),
+        (("--mesh", "fsdp=3", "--smallest"), "mesh fsdp=3 has 3 devices, which no slice of v5p has"),
         (("--batch", 7, "--axes", "data"), "data x fsdp = 64 does not divide batch=7"),
         (("--axes", "tensor"), "tensor=64 does not divide heads"),
         (("--mesh", "fsdp=3"), "mesh fsdp=3 needs 3 devices, topology 4x4x4 has 64"),
         (("--efficiency", 2), "efficiency=2.0 must be above 0 and at most 1"),
+        (("--serve", "--efficiency", 0), "efficiency=0.0 must be above 0"),
+        (("--serve", "--smallest"), "--serve and --smallest are different questions"),
         (("--tokens", -1), "must not be negative"),
+        (("--tokens", "nan"), "tokens=nan must be finite"),
+        (("--tokens", "inf"), "tokens=inf must be finite"),
+        (("--price", "nan"), "price=nan must be finite"),
+        (("--seq", 2048), "sequence length 2048 exceeds the model's 1024 positions"),
         (("--serve", "--serve-batch", 0), "serve_batch=0 must be at least 1"),
     ],
 )
@@ -81,7 +94,14 @@ def test_wrong_input_is_one_line(refused, options, message):
 
 def test_an_impossible_budget_says_the_smallest_that_would_do(refused):
     said = refused("plan", "gpt3-175b", "--chip", "v5e", "--topology", "4x4", "--batch", 256)
-    assert re.search(r"does not fit 4x4 v5e: .* GiB a device.*; the smallest slice|no slice of v5e", said)
+    assert re.search(r"does not fit 4x4 v5e: the smallest plan needs [\d.]+ GiB a device, 14.2 GiB are", said)
+    assert "the smallest slice that would do is 16x16 (256 chips)" in said
+
+
+def test_a_host_that_is_too_small_is_named(refused):
+    said = refused("plan", "gpt3-175b", "--chip", "a100-80", "--topology", 16, "--offload")
+    assert re.search(r"offloaded, a device .*needs [\d.]+ GiB of its host's, 64.0 GiB are taken", said)
+    assert "needs 61.5 GiB a device, 75.4 GiB are there" not in said
 
 
 def test_only_decoders_are_served(refused):

@@ -42,6 +42,41 @@ def test_everything_is_computed_once_where_it_fits():
     assert uniform(6, 6 * 4).makespan > 18.0
 
 
+def peak_memory(chain):
+    """Replays the schedule: the most memory that stored inputs, saved stages, one value on its way and the
+    gradient take together, the chain's first input left out.
+    """
+    x, saved, kept, passing, peak = chain.sizes, set(), set(), 0, 0
+    gradient = len(chain.forward)  # whose output's gradient there is
+    for what, stage in chain.schedule():
+        held = sum(x[i] for i in kept) + sum(chain.saved[i] for i in saved) + x[gradient]
+        if what == "back":
+            assert gradient == stage + 1 and stage in saved
+            saved.remove(stage)
+            kept.discard(stage)
+            gradient, passing = stage, None
+            peak = max(peak, held)
+            continue
+        assert stage in (0, passing) or stage in kept or stage - 1 in saved, "its input is there"
+        if what != "drop" and stage == passing and stage > 0 and stage - 1 not in saved:
+            held += 0 if stage in kept else x[stage]
+            kept.add(stage)
+        elif what == "drop":
+            held += x[stage]
+        held += chain.saved[stage] if what == "save" else x[stage + 1]
+        peak = max(peak, held)
+        passing = None if what == "save" else stage + 1
+        saved |= {stage} if what == "save" else set()
+    return peak
+
+
+def test_saving_counts_the_gradient_of_what_is_saved():
+    """Going back through stage 0 takes its 10 saved and a gradient of 10."""
+    assert Chain([1, 1], [1, 1], [1, 10, 1], [10, 1], 12).makespan == math.inf
+    exact = Chain([1, 1], [1, 1], [1, 10, 1], [10, 1], 20)
+    assert exact.makespan == 4.0 and peak_memory(exact) == 20
+
+
 COSTS = st.integers(1, 6)
 
 
@@ -58,6 +93,7 @@ def test_more_memory_is_never_slower_and_the_schedule_takes_the_time_it_should(s
     roomier = Chain(chain.forward, chain.backward, sizes, saved, budget + 3)
     assert roomier.makespan <= chain.makespan
     if math.isfinite(chain.makespan):
+        assert peak_memory(chain) <= budget
         order = chain.schedule()
         time = sum(chain.backward[i] if what == "back" else chain.forward[i] for what, i in order)
         assert time == chain.makespan

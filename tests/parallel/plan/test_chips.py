@@ -44,6 +44,9 @@ def test_a_chip_without_units_for_a_type_says_so():
         ("v5p", "4xfour", "no shape"),
         ("a100-80", "12", "do not fill hosts of 8"),
         ("v5p", "0x4", "at least 1"),
+        ("v5p", "16x20x24", "largest slice of v5p has 6144"),
+        ("a100-80", "1x16", "a host of a100-80 has 8, not 16"),
+        ("a100-80", "2x2x8", "takes hosts x GPUs of a host, such as 8x8"),
     ],
 )
 def test_bad_topologies_are_one_line(name, text, message):
@@ -76,6 +79,23 @@ def test_hosts_have_the_switch_inside_and_the_network_between():
     )  # all eight of a host share the ring's way out
 
 
+def test_hosts_have_as_many_gpus_as_were_given():
+    lone = Topology.parse(chip("a100-80"), "64x1")
+    assert lone.bandwidths(MeshShape(fsdp=64))["fsdp"] == 25e9
+    fours = Topology.parse(chip("a100-80"), "2x4").bandwidths(MeshShape(fsdp=2, tensor=4))
+    assert fours == {"tensor": 300e9, "fsdp": 25e9}
+
+
+@pytest.mark.parametrize(
+    ("shape", "links"), [("4x4x4", 6), ("4x4x8", 6), ("2x2x4", 3), ("4x4x6", 3), ("4x4", 2)]
+)
+def test_only_whole_cubes_wrap_around(shape, links):
+    """One link a dimension where it does not, as in 2x2x4 of v4, which is no cube."""
+    found = Topology.parse(chip("v4"), shape)
+    assert found.bandwidths(MeshShape(fsdp=found.size))["fsdp"] == pytest.approx(45e9 * links)
+
+
 def test_slices_grow_by_two():
     sizes = [one.size for one in smaller_slices(chip("v5e"))]
     assert sizes == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert smaller_slices(chip("v5p"))[-1].size == 4096  # 8192 would be more than a job can have

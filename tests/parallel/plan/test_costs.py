@@ -25,6 +25,14 @@ def test_data_parallel_bytes(job, zero, passes):
     assert sent(job, zero, data=8)["data"] == pytest.approx(passes * job.table.parameters * 7 / 8)
 
 
+def test_gradients_and_parameters_are_sent_in_their_own_types(job):
+    """Gradients of 4 bytes: twice themselves, or once beside parameters of 2 (ZeRO 3: those twice)."""
+    wide = replace(job, recipe=replace(job.recipe, gradient=4))
+    parameters = job.table.parameters * 7 / 8
+    found = [sent(wide, zero, data=8)["data"] / parameters for zero in range(4)]
+    assert found == pytest.approx([4 + 4, 4 + 2, 4 + 2, 2 + 2 + 4])
+
+
 def test_accumulating_repeats_what_zero_2_and_3_send(job):
     parameters = job.table.parameters * 7 / 8
     assert sent(job, 0, 4, data=8) == sent(job, 0, 1, data=8)
@@ -74,6 +82,31 @@ def test_the_bubble_is_the_pipelines_idle_share(job):
     split = Split(MeshShape(pipe=4), accumulate=8)
     time = step_time(job, topology, split, ONE)
     assert time.bubble == pytest.approx(3 / 8 * (time.compute + time.memory + time.exposed))
-    assert step_time(job, topology, replace(split, interleave=3), ONE).bubble == pytest.approx(
-        time.bubble / 3
+    parts = step_time(job, topology, replace(split, interleave=3), ONE)
+    assert parts.bubble == pytest.approx(3 / 8 / 3 * (parts.compute + parts.memory + parts.exposed))
+    assert parts.communication["pipe"] == pytest.approx(3 * time.communication["pipe"])
+
+
+def test_the_head_is_the_last_stages(job):
+    """Eight layers over four stages and a head as costly as a layer: the last stage computes three."""
+    one = replace(job.table.layers[0], name="head", traffic=0.0)
+    headed = replace(job, table=replace(job.table, ends=(*job.table.ends, one)))
+    topology, split = Topology.parse(chip("a100-80"), "4"), Split(MeshShape(pipe=4), accumulate=8)
+    without, with_head = (step_time(each, topology, split, ONE).compute for each in (job, headed))
+    assert with_head == pytest.approx(without * 3 / 2)
+    uneven, split = replace(split, mesh=MeshShape(pipe=3)), replace(split, mesh=MeshShape(pipe=3))
+    three = Topology.parse(chip("a100-80"), "3")  # three, three and two layers: the head fills the last
+    assert step_time(headed, three, uneven, ONE).compute == pytest.approx(
+        step_time(job, three, split, ONE).compute
     )
+
+
+def test_what_is_sent_once_a_step_hides_behind_one_micro_batch(job):
+    eight, all_hides = Topology.parse(chip("a100-80"), "8x1"), Assumptions(efficiency=1.0, overlap=1.0)
+    for zero in (0, 1):
+        split = Split(MeshShape(data=8), zero, accumulate=8)
+        time = step_time(job, eight, split, all_hides)
+        assert time.exposed == pytest.approx(max(0.0, time.moved - time.compute / 8))
+        assert time.exposed > 0
+    each = step_time(job, eight, Split(MeshShape(data=8), 2, accumulate=8), all_hides)
+    assert each.exposed == pytest.approx(max(0.0, each.moved - each.compute))

@@ -67,6 +67,17 @@ def test_activations_are_those_of_a_micro_batch(table):
     one = Split(MeshShape(data=4, tensor=2, context=2), accumulate=2)
     assert one.tokens(64, 1024) == 64 * 1024 / (4 * 2 * 2)
     assert replace(one, mesh=MeshShape(pipe=4), accumulate=8).in_flight == 4
+    assert replace(one, mesh=MeshShape(pipe=4), accumulate=8, interleave=2).in_flight == 4 * (1 + 3 / 8)
+
+
+def test_a_gathered_table_counts_where_it_is_larger_than_two_layers(table):
+    big = replace(table.ends[0], parameters=2**28, split_parameters=2**28)
+    split = Split(MeshShape(fsdp=8))
+    small_end, big_end = (
+        fixed_memory(each, MIXED, split, 8, 1).temporaries for each in (table, replace(table, ends=(big,)))
+    )
+    layer = table.layers[0].parameters
+    assert big_end - small_end == 2 * (2**28 - 2 * layer) + 2 * (2**28 - layer)
 
 
 def test_accumulating_holds_gradients_twice():
