@@ -87,7 +87,7 @@ def growth() -> list[Finding]:
             "data and parameters make compute grow exponentially",
             f"6 N D of {known} models, 2020 to 2024 (years remembered): doubling every "
             f"{compute_months:.1f} months, R² {compute_fit:.2f}",
-            "holds over time, loosely; in data and parameters themselves compute is their product",
+            "not shown by these seven models: so weak a fit of seven points is not significant",
         ),
         Finding(
             "36",
@@ -104,19 +104,20 @@ def latency() -> Finding:
     server, words = gpt3_server(), 50
     bound = words / WORDS_PER_TOKEN * server.step_seconds(1, 200)
     palm = Serving(540.35e9, 2, 2 * 118 * 256 * 2, CHIPS["v4"], 64)
+    palm_seconds = words / WORDS_PER_TOKEN * palm.step_seconds(1, 200)
     return Finding(
         "8",
         "GPT-3 and PaLM take seconds where a search engine takes fractions",
         f"{words} words, one stream: GPT-3 on 8 A100 at least {bound:.1f} s ({bound / 0.57:.1f} to "
         f"{bound / 0.43:.1f} s at the 43-57% of the bandwidth that row 45 implies); "
-        f"PaLM 540B on 64 v4 at least {words / WORDS_PER_TOKEN * palm.step_seconds(1, 200):.1f} s",
-        "holds for answers of tens of words",
+        f"PaLM 540B on 64 v4 at least {palm_seconds:.1f} s",
+        f"holds for GPT-3 at row 45's speed; PaLM's bound alone is {palm_seconds:.1f} s",
     )
 
 
 def gpt3_on_64() -> list[Finding]:
     """Rows 16 and 17."""
-    states = 16 * GPT3 / 64 / 1e9
+    states, fourteen, twelve = (size * GPT3 / 64 / 1e9 for size in (16, 14, 12))
     days = {share: training_days(GPT3, GPT3_TOKENS, 64, PEAK, share) for share in (0.3, 0.4, 0.5)}
     hours = {share: count * 24 * 64 for share, count in days.items()}
     return [
@@ -124,8 +125,10 @@ def gpt3_on_64() -> list[Finding]:
             "16",
             "GPT-3 trains on 64 A100",
             f"states of 16 bytes a parameter: {states:.2f} GB a card, activations beside: fits cards of 80 "
-            f"GB, not of 40; 300e9 tokens take {days[0.5]:.0f} days at 50% MFU, {days[0.3]:.0f} at 30%",
-            "holds for memory on 80 GB cards, not on 40 GB without the host's memory; takes a year and more",
+            f"GB, not of 40 (14 bytes: {fourteen:.1f} GB, 12: {twelve:.1f}); "
+            f"300e9 tokens take {days[0.5]:.0f} days at 50% MFU, {days[0.3]:.0f} at 30%",
+            "holds for memory on 80 GB cards; on 40 GB not at 14 to 16 bytes a parameter without the host's "
+            "memory; takes a year and more",
         ),
         Finding(
             "17",
@@ -163,7 +166,7 @@ def chatglm() -> Finding:
         "ChatGLM: 28 layers 6B, 70 layers 130B, the printed modules",
         f"28 layers: 6,173,286,400 (counted from shapes, docs/claims.md); 70 layers with GLM-130B's widths "
         f"(remembered: 12288, gated mlp of 32768): {count / 1e9:.1f}e9",
-        "holds for 6B; for 130B under remembered widths",
+        "holds for 6B; 130B cannot be checked here: its widths are remembered, and under them it holds",
     )
 
 
@@ -174,6 +177,7 @@ def demand() -> list[Finding]:
     batch = next(rows for rows in range(1, 4096) if server.tokens_per_second(rows, 1000) >= tokens)
     most = server.largest_batch(1000)
     share = tokens / server.tokens_per_second(most, 1000)
+    filled = server.memory(most, 1000) / (server.chips * A100.memory)
     return [
         Finding(
             "38-39",
@@ -188,9 +192,9 @@ def demand() -> list[Finding]:
             f"{each / 15:.0f} "
             f"times row 45's one stream; batch {batch} at 1000 tokens of context reaches it at 100% of "
             f"bandwidth "
-            f"({server.step_seconds(batch, 1000) * 1e3:.0f} ms a step), the largest that fits, {most}, at "
-            f"{share:.0%}",
-            "holds only batched, and within a quarter of the bound",
+            f"({server.step_seconds(batch, 1000) * 1e3:.0f} ms a step), the largest that fits, {most} "
+            f"({filled:.1%} of the memory), at {share:.0%} of the bandwidth bound",
+            "holds only batched, and within a quarter of the bandwidth bound",
         ),
         Finding("46", "$1B of servers", "5000 x $200k = $1.0B", "holds (arithmetic, with rows 40 and 42)"),
     ]
@@ -198,7 +202,7 @@ def demand() -> list[Finding]:
 
 def machines() -> list[Finding]:
     """Rows 41 to 44."""
-    per_day = 48 * 6.5 * 24
+    per_day, rent = 48 * 6.5 * 24, 50e3 / 24 / 384
     share = training_flops(GPT3, GPT3_TOKENS) / (384 * PEAK * 61 * DAY)
     slow = training_days(GPT3, GPT3_TOKENS, 384, PEAK, 0.318)
     return [
@@ -213,8 +217,9 @@ def machines() -> list[Finding]:
             "43",
             "one training $3M of electricity, $50k a day for two months",
             f"48 DGX of 6.5 kW: {per_day / 1000:.1f} MWh a day, so $50k is ${50e3 / per_day:.1f} a kWh, or "
-            f"${50e3 / 24 / 384:.2f} a card-hour",
-            "does not hold as electricity; it is the price of renting the cards",
+            f"${rent:.2f} a card-hour",
+            f"does not hold as electricity; looks like rental ({rent / (A100.price or 1):.1f} times the list "
+            f"price)",
         ),
         Finding(
             "44",

@@ -16,8 +16,8 @@ class TrainingCost:
     """A run of so many tokens at a steady rate.
 
     tokens, chips   numbers;  tokens_per_second: of all chips together
-    price           US dollars a chip-hour, None where not known;  power: watts a chip with its share of the
-                    host
+    price           US dollars a chip-hour, None where not known
+    power           watts a chip; a data sheet's (`Chip.power`) leaves out the host and the cooling
     """
 
     tokens: float
