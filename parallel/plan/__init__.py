@@ -9,6 +9,7 @@ It knows no model: it is given a table of layers (`layers.py`), which `modicum.r
     costs.py     seconds of a step by kind and mesh axis
     dynamic.py   remat of each layer under a budget: a Pareto front over layers
     chain.py     the optimal order of recomputation on a chain (rotor)
+    refusals.py  why nothing fits or divides
     search.py    mesh, ZeRO level, micro-batch around it; the smallest slice
 """
 

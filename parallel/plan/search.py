@@ -5,26 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import NamedTuple
 
 from ... import InputError
 from ..mesh import MeshShape
 from .chips import Chip
 from .costs import Assumptions, Job, StepTime, layer_time, recomputed_time, step_time
 from .dynamic import Frontier, Option, frontier
-from .layers import Layer, LayerTable
+from .layers import Layer
 from .memory import Memory, Split, fixed_memory, stage_layers
+from .refusals import Need, allowed, divisors, lacking, refuse, uncut
 from .topology import Topology, smaller_slices
 
 AXES = ("data", "fsdp", "tensor")
 OFFLOADED = "offload"
-
-
-class Need(NamedTuple):
-    """The least bytes that a split takes: of the device, and with that of its host."""
-
-    device: float
-    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,8 +75,8 @@ class Search:
         slices = smaller_slices(chip)
         if self.mesh and self.mesh.size not in [candidate.size for candidate in slices]:
             raise InputError(
-                f"mesh {self.mesh} has {self.mesh.size} devices, which no slice of {chip.name} has that is "
-                f"tried; these have 1, 2, 4 and so on up to {slices[-1].size}"
+                f"mesh {self.mesh} has {self.mesh.size} devices; the slices of {chip.name} that are tried "
+                f"have 1, 2, 4 and so on up to {slices[-1].size}"
             )
         for candidate in slices:
             try:
@@ -164,15 +157,15 @@ class Search:
 
     def splits(self, job: Job, topology: Topology) -> Iterator[Split]:
         """Every split that divides; raises InputError, naming a reason, where none does."""
-        meshes = [(mesh, _refuse(job, mesh)) for mesh in self._meshes(topology)]
+        meshes = [(mesh, refuse(job, mesh)) for mesh in self._meshes(topology)]
         good = [mesh for mesh, refusal in meshes if not refusal]
         if not good:
-            why = meshes[0][1] if len(meshes) == 1 else _allowed(job, self.axes, topology.size)
+            why = meshes[0][1] if len(meshes) == 1 else allowed(job, self.axes, topology.size)
             raise InputError(
                 f"no mesh over {', '.join(self.axes)} of {topology.size} devices divides the job: {why}"
             )
         if not any(self._micro_batches(job, mesh) for mesh in good):
-            raise InputError(self._uncut(job, min(good, key=lambda mesh: mesh.pipe)))
+            raise InputError(uncut(job, min(good, key=lambda mesh: mesh.pipe), self.accumulate))
         for mesh in good:
             for zero in self._levels(mesh):
                 for accumulate in self._micro_batches(job, mesh):
@@ -180,15 +173,6 @@ class Search:
                         yield Split(
                             mesh, zero, accumulate, self.sequence, offload, interleave=self.interleave
                         )
-
-    def _uncut(self, job: Job, mesh: MeshShape) -> str:
-        """Why no number of micro-batches will do."""
-        rows = job.batch // (mesh.data * mesh.fsdp)
-        text = f"batch {job.batch} cannot be cut into micro-batches: mesh {mesh} has {rows} rows a replica"
-        if self.accumulate is not None and rows % self.accumulate:
-            return f"{text}, which {self.accumulate} does not divide"
-        count = rows if self.accumulate is None else self.accumulate
-        return f"{text}; pipe={mesh.pipe} needs at least {mesh.pipe} micro-batches, there can be {count}"
 
     def _meshes(self, topology: Topology) -> Iterable[MeshShape]:
         if self.mesh is None:
@@ -208,32 +192,17 @@ class Search:
 
     def _micro_batches(self, job: Job, mesh: MeshShape) -> list[int]:
         rows = job.batch // (mesh.data * mesh.fsdp)
-        counts = _divisors(rows) if self.accumulate is None else (self.accumulate,)
+        counts = divisors(rows) if self.accumulate is None else (self.accumulate,)
         return [count for count in counts if rows % count == 0 and count >= mesh.pipe]
 
     def _too_large(self, job: Job, topology: Topology, needs: list[Need]) -> str:
-        text = (
-            f"{job.table.name} does not fit {topology} {topology.chip.name}: {self._lacking(topology, needs)}"
-        )
+        lack = lacking(topology, needs, self.assume)
+        text = f"{job.table.name} does not fit {topology} {topology.chip.name}: {lack}"
         free = Search(self.axes, self.remats, self.levels, self.offload, self.sequence, assume=self.assume)
         enough = free.smallest(job, topology.chip)
         if enough is None:
             return f"{text}; no slice of {topology.chip.name} would do at batch {job.batch}"
         return f"{text}; the smallest slice that would do is {enough.topology} ({enough.topology.size} chips)"
-
-    def _lacking(self, topology: Topology, needs: list[Need]) -> str:
-        """Which memory is too small, and by how much: the device's, its host's, or one or the other."""
-        budget, host = topology.chip.memory * (1 - self.assume.reserve), self.assume.host
-        there = f"{budget / 2**30:.1f} GiB are there"
-        alone = min((need.device for need in needs if need.host <= host), default=float("inf"))
-        text = f"the smallest plan needs {alone / 2**30:.1f} GiB a device, {there}"
-        helped = [need.host for need in needs if need.device <= budget and need.host > host]
-        if not helped:
-            return text if alone < float("inf") else f"{text} and the host's memory is too small as well"
-        wanted = f"{min(helped) / 2**30:.1f} GiB of its host's, {host / 2**30:.1f} GiB are taken to be there"
-        if alone == float("inf"):
-            return f"offloaded, a device needs {wanted}"
-        return f"{text}; offloaded, a device would do, but needs {wanted}"
 
 
 def _kept(layer: Layer, split: Split) -> dict[str, float]:
@@ -259,37 +228,6 @@ def _offloaded(option: Option, pcie: float, hidden: float) -> Option:
     return Option(f"{option.name}+{OFFLOADED}", 0.0, option.time + slower)
 
 
-def _refuse(job: Job, mesh: MeshShape) -> str:
-    copies = mesh.data * mesh.fsdp
-    if job.batch % copies:
-        return f"data x fsdp = {copies} does not divide batch={job.batch}"
-    if job.length % mesh.context:
-        return f"context={mesh.context} does not divide length={job.length}"
-    if len(job.table.layers) < mesh.pipe:
-        return f"pipe={mesh.pipe} is more than layers={len(job.table.layers)}"
-    return job.table.refuse("tensor", mesh.tensor)
-
-
-def _allowed(job: Job, axes: Sequence[str], size: int) -> str:
-    """Which ways of so many devices each axis could have."""
-    parts = _divisors(size)
-    ways = {
-        "data x fsdp": ([n for n in parts if job.batch % n == 0], f"batch={job.batch}"),
-        "tensor": ([n for n in parts if not job.table.refuse("tensor", n)], _named(job.table, size)),
-        "context": ([n for n in parts if job.length % n == 0], f"length={job.length}"),
-        "pipe": ([n for n in parts if n <= len(job.table.layers)], f"layers={len(job.table.layers)}"),
-    }
-    there = [name for name in ways if set(name.split(" x ")) & set(axes)]
-    texts = [f"{name} can be {', '.join(map(str, ways[name][0]))} ({ways[name][1]})" for name in there]
-    return "; ".join(texts)
-
-
-def _named(table: LayerTable, size: int) -> str:
-    """The size that keeps tensor from having all devices, or that it is free."""
-    refusal = table.refuse("tensor", size)
-    return refusal.partition(" divide ")[2] or "any"
-
-
 @lru_cache
 def _shapes(size: int, axes: tuple[str, ...]) -> tuple[MeshShape, ...]:
     """All meshes of so many devices over these axes."""
@@ -298,14 +236,8 @@ def _shapes(size: int, axes: tuple[str, ...]) -> tuple[MeshShape, ...]:
         if len(names) == 1:
             yield {names[0]: rest}
             return
-        for part in _divisors(rest):
+        for part in divisors(rest):
             for others in fill(rest // part, names[1:]):
                 yield {names[0]: part, **others}
 
     return tuple(MeshShape(**sizes) for sizes in fill(size, axes))
-
-
-@lru_cache
-def _divisors(number: int) -> tuple[int, ...]:
-    small = [part for part in range(1, int(number**0.5) + 1) if number % part == 0]
-    return tuple(sorted({*small, *(number // part for part in small)}))

@@ -73,7 +73,7 @@ def test_a_remembered_figure_is_said_to_be(modicum):
             ("--axes", "pipe", "--batch", 4, "--topology", "2x2x3"),
             "mesh pipe=12 has 4 rows a replica; pipe=12 needs at least 12 micro-batches",
         ),
-        (("--mesh", "fsdp=3", "--smallest"), "mesh fsdp=3 has 3 devices, which no slice of v5p has"),
+        (("--mesh", "fsdp=3", "--smallest"), "mesh fsdp=3 has 3 devices; the slices of v5p that"),
         (("--batch", 7, "--axes", "data"), "data x fsdp = 64 does not divide batch=7"),
         (("--axes", "tensor"), "tensor=64 does not divide heads"),
         (("--mesh", "fsdp=3"), "mesh fsdp=3 needs 3 devices, topology 4x4x4 has 64"),
