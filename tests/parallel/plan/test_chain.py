@@ -82,7 +82,7 @@ COSTS = st.integers(1, 6)
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(COSTS, COSTS, st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=6),
+    st.lists(st.tuples(COSTS, COSTS, st.integers(1, 12), st.integers(0, 2)), min_size=1, max_size=6),
     st.integers(3, 40),
 )
 def test_more_memory_is_never_slower_and_the_schedule_takes_the_time_it_should(stages, budget):
