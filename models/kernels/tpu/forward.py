@@ -17,7 +17,7 @@ from ..terms import Terms
 from .call import At, Refs, Walk, call, cost, ids_and_entry
 from .pieces import Frame, Tile
 from .plan import LOG2_E, Plan
-from .scores import Scores, product
+from .scores import Scores, product, split_product
 
 
 def forward(plan: Plan, q: Array, k: Array, v: Array, terms: Terms, dtype: Any) -> tuple[Array, Array]:
@@ -104,8 +104,10 @@ def _accumulate(scores: Scores, refs: Refs, tile: Tile, masked: bool) -> None:
         weights[:, start : start + lanes] for start in range(0, weights.shape[1], lanes)
     )
     top[head] = new_top
-    weights = scores.dropping.kept(weights, refs, tile).astype(v.dtype)
-    out[head] = out[head] * across(shrink, out.shape[2]) + product(weights, v)
+    weights = scores.dropping.kept(weights, refs, tile)
+    exact = refs.outputs["out"].dtype != v.dtype  # the output before rounding is asked for
+    values = split_product(weights, v) if exact else product(weights.astype(v.dtype), v)
+    out[head] = out[head] * across(shrink, out.shape[2]) + values
 
 
 def _finish(frame: Frame, refs: Refs, at: At, head: int) -> None:

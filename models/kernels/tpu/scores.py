@@ -91,3 +91,16 @@ def product(a: Array, b: Array, transposed: bool = False) -> Array:
     dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def split_product(a: Array, b: Array) -> Array:
+    """`a @ b` of `a` in float32 and `b` in bfloat16, as the sum of three products: eight bits of `a` in each.
+
+    Sums over the rows of the backward pass need it: rounding `a` errs with one sign in a row.
+    """
+    total = jnp.zeros((a.shape[0], b.shape[1]), jnp.float32)
+    for _ in range(3):
+        bits = lax.bitcast_convert_type(a, jnp.int32) & jnp.int32(-(1 << 16))
+        upper = lax.bitcast_convert_type(bits, jnp.float32)
+        total, a = total + product(upper.astype(b.dtype), b), a - upper
+    return total
