@@ -93,7 +93,7 @@ class ClassifierHead:
 
         Raises `InputError` for `narrow` where the last layer cannot be told from the others.
         """
-        if self.narrow and (config.scan or config.kind == "encoder-decoder"):
+        if self.narrow and not last_layer_apart(config):
             kind = "scanned layers" if config.scan else "an encoder-decoder"
             raise InputError(
                 f"a classifier with narrow=True is for unrolled encoders and decoders, not {kind}"
@@ -187,6 +187,11 @@ class ClassifierModule(nn.Module):
             pooled = pool(hidden, segments, self.choice.pooling)
         logits = affine(self, self.config, pooled, self.choice.labels)
         return logits.astype(self.config.precision.output)
+
+
+def last_layer_apart(config: TransformerConfig) -> bool:
+    """Whether the layer that a head reads from is a module of its own, so that it may compute less."""
+    return not config.scan and config.kind != "encoder-decoder"
 
 
 def affine(head: nn.Module, config: TransformerConfig, x: jax.Array, features: int) -> jax.Array:

@@ -25,7 +25,8 @@ from ...models.kernels import (
     attention,
     implementations,
 )
-from ...models.kernels.front import request_of, terms_of
+from ...models.kernels.front import terms_of
+from ...models.kernels.request import request_of
 from ...models.kernels.spans import Span
 from .attention_job import AttentionJob
 

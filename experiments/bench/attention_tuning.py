@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from ... import InputError
 from ...models.kernels import implementations
 from ...models.kernels.block_sizes import found_fields, with_entry
-from ...models.kernels.front import request_of, terms_of
-from ...models.kernels.request import Implementation
+from ...models.kernels.front import terms_of
+from ...models.kernels.request import Implementation, request_of
 from .attention_jax import JaxAttention
 from .attention_job import AttentionJob
 

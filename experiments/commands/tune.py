@@ -209,7 +209,7 @@ class Tune:
 
     def _task(self, prepared: Prepared, reading: Reading, seed: int) -> TuningTask:
         """What is tuned; a classifier's head is drawn from the seed."""
-        from ...models.heads import ClassifierHead
+        from ...models.heads import ClassifierHead, last_layer_apart
         from ...research.training.model_folder import TrainedModel, with_classifier
         from ...research.training.tuning import TuningTask
 
@@ -218,8 +218,8 @@ class Tune:
         notes: dict[str, Any] = {"kind": reading.kind, "reading": asdict(reading)}
         if prepared.labels is not None:
             pooling = self._pooling(speaker)
-            alone = not model.config.scan and model.config.kind != "encoder-decoder"
-            head = ClassifierHead(len(prepared.labels), pooling, narrow=alone and pooling != "mean")
+            narrow = pooling != "mean" and last_layer_apart(model.config)
+            head = ClassifierHead(len(prepared.labels), pooling, narrow=narrow)
             model, params = with_classifier(TrainedModel(model, params), head, seed)
             notes |= {"labels": list(prepared.labels), "pooling": pooling}
         else:

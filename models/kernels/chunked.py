@@ -22,6 +22,7 @@ from .block_sizes import block_sizes, found_fields
 from .blocks import FULL, PARTIAL, SKIP, Grid, dynamic_blocks, is_dynamic, static_blocks
 from .dropout import Dropout
 from .masks import Lengths, Mask
+from .merging import sinks_gradient
 from .reference import group_heads
 from .request import Request
 from .spans import Span, accumulation_dtype, pad
@@ -146,7 +147,7 @@ def _backward(grid: Grid, residuals: Residuals, cotangents: tuple[Array, Array])
     delta = _product("bthk,bthk->bht", out, d_out) - d_lse
     empty = lse == -jnp.inf
     delta = jnp.where(empty, 0, delta)
-    d_sinks = None if terms.sinks is None else _sinks_gradient(terms.sinks, lse, delta)
+    d_sinks = None if terms.sinks is None else sinks_gradient(terms.sinks, lse, delta)
     delta = group_heads(delta, groups)
     norm = group_heads(jnp.where(empty, jnp.inf, lse), groups)  # a row without a key: exp(-inf - inf) = 0
 
@@ -177,8 +178,7 @@ def _backward(grid: Grid, residuals: Residuals, cotangents: tuple[Array, Array])
     start = (zeros(q.shape), *(zeros((*x.shape[::2], x.shape[3], x.shape[1])) for x in (k, v)), d_bias)
     dq, dk, dv, d_bias = over_tiles(grid, terms.mask, visit, vary(start, varying_axes(q)))
     dk, dv = (x.transpose(0, 3, 1, 2) for x in (dk, dv))
-    d_bias = jax.tree.map(_cotangent, d_bias, terms.bias)
-    d_terms = dataclasses.replace(terms, mask=None, bias=d_bias, sinks=d_sinks, dropout=None)
+    d_terms = terms.cotangent(d_bias, d_sinks)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_terms
 
 
@@ -243,22 +243,8 @@ def _with_sinks(sinks: AnyArray, out: Array, top: Array, total: Array) -> tuple[
     return out * of_rows, finite, total * shrink + jnp.exp(sink - finite)
 
 
-def _sinks_gradient(sinks: AnyArray, lse: Array, delta: Array) -> Array:
-    """What output and log-sum-exp `[B, H, T]` say of a logit without a value."""
-    norm = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    weights = jnp.exp(sinks.astype(lse.dtype)[:, None] - norm)
-    return -(weights * delta).sum((0, 2)).astype(sinks.dtype)
-
-
 def _product(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=accumulation_dtype(a.dtype))
-
-
-def _cotangent(gradient: Array, like: AnyArray) -> Array | np.ndarray:
-    """The gradient in the type of the array it belongs to; integers, such as an offset, have none."""
-    if jnp.issubdtype(like.dtype, jnp.floating):
-        return gradient.astype(like.dtype)
-    return np.zeros(like.shape, jax.dtypes.float0)
 
 
 def _rows(array: Array, tile: Tile, groups: int) -> Array:

@@ -22,10 +22,11 @@ from ... import InputError
 from ...parallel.ring import ring_fold
 from .biases import Bias
 from .dropout import Dropout
-from .front import request_of, terms_of
+from .front import terms_of
 from .masks import Mask
 from .merging import merge, merge_sinks
 from .registry import choose
+from .request import request_of
 from .spans import Span, accumulation_dtype
 from .terms import Terms
 from .varying import vary, varying_axes

@@ -13,10 +13,11 @@ from jax import Array, lax
 
 from ... import InputError
 from .biases import Bias, as_bias
-from .front import check_number, request_of
+from .front import check_number
 from .masks import Causal, Lengths, Mask, Sizes
 from .paged import Paged, check_pages, choose_decoder
 from .reference import masked_scores, softmax
+from .request import request_of
 from .spans import accumulation_dtype
 from .terms import Terms
 from .trees import AnyArray, structural

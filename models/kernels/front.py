@@ -1,6 +1,6 @@
 """attention(): the one function models call, whatever computes it."""
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import jax
 from jax import Array
@@ -11,7 +11,7 @@ from .dropout import Dropout
 from .masks import Mask, Sizes
 from .reference import attention_scores, softmax
 from .registry import choose
-from .request import Request, abstract
+from .request import request_of
 from .terms import Terms
 
 
@@ -133,35 +133,6 @@ def terms_of(
         raise InputError(f"attention: {reason}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return Terms(mask, bias, scale, soft_cap, sinks, dropout if dropout and dropout.rate else None)
-
-
-def request_of(q: Array, k: Any, v: Any, terms: Terms, lse: bool) -> Request:
-    """The description of the call by which an implementation is chosen; of k and v only shapes are read."""
-    batch, queries, heads, width = q.shape
-    keys, kv_heads = k.shape[1:3]
-    return Request(
-        platform=jax.default_backend(),
-        batch=batch,
-        queries=queries,
-        keys=keys,
-        heads=heads,
-        kv_heads=kv_heads,
-        width=width,
-        value_width=v.shape[3],
-        dtype=q.dtype.name,
-        mask=abstract(terms.mask),
-        bias=abstract(terms.bias),
-        soft_cap=terms.soft_cap is not None,
-        sinks=terms.sinks is not None,
-        dropout=0.0 if terms.dropout is None else terms.dropout.rate,
-        lse=lse,
-        partitioned=_partitioned(),
-    )
-
-
-def _partitioned() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() > 1 and (mesh.empty or not mesh.are_all_axes_manual)
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:

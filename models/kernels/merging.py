@@ -28,6 +28,13 @@ def merge_sinks(out: Array, lse: Array, sinks: AnyArray) -> tuple[Array, Array]:
     return merge(out, lse, jnp.zeros_like(out), sink)
 
 
+def sinks_gradient(sinks: AnyArray, lse: Array, delta: Array) -> Array:
+    """What log-sum-exp and `delta = sum(out * d_out) - d_lse`, `[B, H, T]`, say of logits without values."""
+    norm = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+    weights = jnp.exp(sinks.astype(lse.dtype)[:, None] - norm)
+    return -(weights * delta).sum((0, 2)).astype(sinks.dtype)
+
+
 def _by_row(weight: Array) -> Array:
     """`[B, H, T]` as `[B, T, H, 1]`."""
     return jnp.swapaxes(weight, 1, 2)[..., None]

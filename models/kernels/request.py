@@ -1,7 +1,7 @@
 """What one call of `attention` asks for, and what an implementation must offer."""
 
 import dataclasses
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 from jax import Array
@@ -82,3 +82,32 @@ class Implementation(Protocol):
 def abstract(tree: T) -> T:
     """The same expression with shapes and types in the place of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x)), tree)
+
+
+def request_of(q: Array, k: Any, v: Any, terms: Terms, lse: bool) -> Request:
+    """The description of the call by which an implementation is chosen; of k and v only shapes are read."""
+    batch, queries, heads, width = q.shape
+    keys, kv_heads = k.shape[1:3]
+    return Request(
+        platform=jax.default_backend(),
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        value_width=v.shape[3],
+        dtype=q.dtype.name,
+        mask=abstract(terms.mask),
+        bias=abstract(terms.bias),
+        soft_cap=terms.soft_cap is not None,
+        sinks=terms.sinks is not None,
+        dropout=0.0 if terms.dropout is None else terms.dropout.rate,
+        lse=lse,
+        partitioned=_partitioned(),
+    )
+
+
+def _partitioned() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() > 1 and (mesh.empty or not mesh.are_all_axes_manual)

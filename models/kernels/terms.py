@@ -1,6 +1,12 @@
 """What an attention is made of besides q, k and v: one tree that every implementation takes."""
 
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 from .biases import Bias
 from .dropout import Dropout
@@ -36,3 +42,14 @@ class Terms:
         bias = None if self.bias is None else self.bias.cut(rows, columns)
         dropout = None if self.dropout is None else self.dropout.cut(rows, columns)
         return dataclasses.replace(self, mask=self.mask.cut(rows, columns), bias=bias, dropout=dropout)
+
+    def cotangent(self, bias: Bias | None, sinks: Array | None) -> "Terms":
+        """Gradients in the types of their arrays; integers, and dropout, have none."""
+        none: dict[str, Any] = dict.fromkeys(("mask", "dropout"))
+        return dataclasses.replace(self, bias=jax.tree.map(_like, bias, self.bias), sinks=sinks, **none)
+
+
+def _like(gradient: Array, array: AnyArray) -> Array | np.ndarray:
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return gradient.astype(array.dtype)
+    return np.zeros(array.shape, jax.dtypes.float0)

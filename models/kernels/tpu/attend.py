@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
+from ..merging import sinks_gradient
 from ..terms import Terms
-from ..trees import AnyArray
 from .bias_gradient import bias_gradient
 from .forward import forward
 from .gradients import Saved, key_gradients, query_gradient
@@ -41,19 +39,8 @@ def _backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tu
     norm = jnp.where(empty, jnp.inf, lse * LOG2_E)  # a row without a key: 2^(-inf - inf) = 0
     saved = Saved(q, k, v, d_out, norm[:, :, None], delta[:, :, None])
     dq, (dk, dv) = query_gradient(plan, saved, terms), key_gradients(plan, saved, terms)
-    d_sinks = None
-    if terms.sinks is not None:
-        weights = jnp.exp2(jnp.asarray(terms.sinks, jnp.float32)[:, None] * LOG2_E - norm)
-        d_sinks = -(weights * delta).sum((0, 2)).astype(terms.sinks.dtype)
-    d_bias = jax.tree.map(_cotangent, bias_gradient(plan, saved, terms), terms.bias)
-    return dq, dk, dv, dataclasses.replace(terms, mask=None, bias=d_bias, sinks=d_sinks, dropout=None)
+    d_sinks = None if terms.sinks is None else sinks_gradient(jnp.asarray(terms.sinks), lse, delta)
+    return dq, dk, dv, terms.cotangent(bias_gradient(plan, saved, terms), d_sinks)
 
 
 attend.defvjp(_forward, _backward)
-
-
-def _cotangent(gradient: Array, like: AnyArray) -> Array | np.ndarray:
-    """The gradient in the type of the array it belongs to; integers have none."""
-    if jnp.issubdtype(like.dtype, jnp.floating):
-        return gradient.astype(like.dtype)
-    return np.zeros(like.shape, jax.dtypes.float0)

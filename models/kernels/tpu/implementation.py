@@ -15,7 +15,7 @@ from ..biases import ALiBi, Bucketed
 from ..biases import Dense as DenseBias
 from ..masks import Lengths, describe
 from ..operands import unknown_mask
-from ..request import PARTITIONED, Request
+from ..request import PARTITIONED, Request, request_of
 from ..terms import Terms
 from ..varying import vary, varying_axes
 from .block_sizes import backward_blocks, forward_blocks
@@ -70,7 +70,7 @@ class Tpu:
         given = (q, k, v, terms)
         q, k, v, terms = vary(given, varying_axes(given))
         (_, queries, _, _), keys = q.shape, k.shape[1]
-        plan = self._plan(_request(q, k, v, terms), terms)
+        plan = self._plan(request_of(q, k, v, terms, lse=True), terms)
         terms = terms.extended(plan.queries, plan.keys)
         if plan.keys > keys:
             terms = dataclasses.replace(terms, mask=terms.mask & Lengths(keys))
@@ -105,25 +105,6 @@ class Tpu:
             lanes=self.lanes,
             interpret=self.interpret,
         )
-
-
-def _request(q: Array, k: Array, v: Array, terms: Terms) -> Request:
-    """What the sizes of blocks are chosen by."""
-    (batch, queries, heads, width), (keys, groups) = q.shape, k.shape[1:3]
-    return Request(
-        platform="tpu",
-        batch=batch,
-        queries=queries,
-        keys=keys,
-        heads=heads,
-        kv_heads=groups,
-        width=width,
-        value_width=v.shape[3],
-        dtype=q.dtype.name,
-        mask=terms.mask,
-        bias=terms.bias,
-        soft_cap=terms.soft_cap is not None,
-    )
 
 
 def _lay(array: Array, length: int, width: int) -> Array:

@@ -8,8 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from modicum import InputError
 from modicum.models.kernels import Causal, Dropout, Full, Terms, attention, implementations, registry
-from modicum.models.kernels.front import request_of
-from modicum.models.kernels.request import Request
+from modicum.models.kernels.request import Request, request_of
 from modicum.parallel import MeshShape, make_mesh
 
 Q, KV = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 7, 2, 8))
