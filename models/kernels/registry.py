@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ... import InputError
 from .chunked import Chunked
@@ -22,10 +22,10 @@ class Choosable(Protocol):
     def name(self) -> str:
         """What `impl=` calls it."""
 
-    def supports(self, request: Request) -> str | None:
+    def supports(self, request: Any) -> str | None:
         """None, or the reason why it cannot compute the request."""
 
-    def unfit(self, request: Request) -> str | None:
+    def unfit(self, request: Any) -> str | None:
         """None, or the reason to look for another one."""
 
 
@@ -57,23 +57,22 @@ def choose(request: Request, impl: str) -> Implementation:
     return pick(IMPLEMENTATIONS, request, impl)
 
 
-def pick(candidates: Sequence[Candidate], request: Request, impl: str) -> Candidate:
-    """The choice of `choose` among any candidates, the preferred first."""
+def pick(candidates: Sequence[Candidate], request: Any, impl: str, what: str = "attention") -> Candidate:
+    """The choice of `choose` among any candidates, the preferred first; `what` is computed."""
     by_name = {implementation.name: implementation for implementation in candidates}
     if impl != "auto":
         if impl not in by_name:
             raise InputError(f"impl={impl!r} is unknown; valid are auto, {', '.join(by_name)}")
         if reason := by_name[impl].supports(request):
-            raise InputError(f"impl={impl!r} cannot compute this attention: {reason} ({request})")
-        logger.info("attention %s: %s, as asked for", request, impl)
+            raise InputError(f"impl={impl!r} cannot compute this {what}: {reason} ({request})")
+        logger.info("%s %s: %s, as asked for", what, request, impl)
         return by_name[impl]
     reasons: list[str] = []
     for implementation in candidates:
         reason = implementation.supports(request) or implementation.unfit(request)
         if reason is None:
-            logger.info(
-                "attention %s: %s%s", request, implementation.name, "".join(f"; {r}" for r in reasons)
-            )
+            told = "".join(f"; {reason}" for reason in reasons)
+            logger.info("%s %s: %s%s", what, request, implementation.name, told)
             return implementation
         reasons.append(f"not {implementation.name}: {reason}")
-    raise InputError(f"no implementation computes this attention ({request}): {'; '.join(reasons)}")
+    raise InputError(f"no implementation computes this {what} ({request}): {'; '.join(reasons)}")

@@ -104,10 +104,11 @@ def request_of(q: Array, k: Any, v: Any, terms: Terms, lse: bool) -> Request:
         sinks=terms.sinks is not None,
         dropout=0.0 if terms.dropout is None else terms.dropout.rate,
         lse=lse,
-        partitioned=_partitioned(),
+        partitioned=partitioned(),
     )
 
 
-def _partitioned() -> bool:
+def partitioned() -> bool:
+    """Whether XLA may split what is being traced over several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.device_count() > 1 and (mesh.empty or not mesh.are_all_axes_manual)

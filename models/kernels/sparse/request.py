@@ -1,0 +1,75 @@
+"""What one call of `sparse_feed_forward` asks for, and what an implementation must offer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import jax
+from jax import Array
+
+from ..request import partitioned
+from .experts import Experts
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseRequest:
+    """Everything about one call but the numbers; hashable, known at trace time.
+
+    `tokens` N choose `chosen` k of `experts` E with `size` n neurons of `width` D each. `partitioned`: XLA may
+    split the call over several devices.
+    """
+
+    platform: str
+    tokens: int
+    experts: int
+    chosen: int
+    size: int
+    width: int
+    dtype: str
+    gated: bool
+    activation: str
+    partitioned: bool = False
+
+    @property
+    def share(self) -> float:
+        """The fraction of neurons that a token uses."""
+        return self.chosen / self.experts
+
+    def __str__(self) -> str:
+        kind = f"{'gated ' if self.gated else ''}{self.activation}"
+        shape = f"N={self.tokens} k={self.chosen} E={self.experts} n={self.size} D={self.width}"
+        return f"{shape} {kind} {self.dtype} on {self.platform}"
+
+
+class SparseImplementation(Protocol):
+    """One way to compute it."""
+
+    @property
+    def name(self) -> str:
+        """What `impl=` calls it."""
+
+    def supports(self, request: SparseRequest) -> str | None:
+        """None, or the reason why it cannot compute the request."""
+
+    def unfit(self, request: SparseRequest) -> str | None:
+        """None, or the reason to look for another one, as long as this one is not asked for by name."""
+
+    def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
+        """x `[N, D]` and chosen `[N, k]` to `[N, D]`, without the bias of `down`; differentiable."""
+
+
+def sparse_request(x: Array, experts: Experts, chosen: Array) -> SparseRequest:
+    """The description of the call with x `[N, D]` by which an implementation is chosen."""
+    return SparseRequest(
+        platform=jax.default_backend(),
+        tokens=x.shape[0],
+        experts=experts.count,
+        chosen=chosen.shape[-1],
+        size=experts.size,
+        width=experts.width,
+        dtype=x.dtype.name,
+        gated=experts.gate is not None,
+        activation=experts.activation,
+        partitioned=partitioned(),
+    )

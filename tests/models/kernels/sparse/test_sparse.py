@@ -1,0 +1,142 @@
+"""Every implementation of the sparse feed-forward layer against neurons computed one by one in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modicum import InputError
+from modicum.models.kernels.sparse import Experts, implementations, sparse_feed_forward
+from modicum.models.kernels.sparse.registry import choose
+from modicum.models.kernels.sparse.request import SparseRequest
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+E, N, D, K = 6, 8, 16, 2
+PORTABLE = ("mask", "gather", "steps")
+ACTIVATIONS = {
+    "relu": lambda z: np.maximum(z, 0),
+    "silu": lambda z: z / (1 + np.exp(-z)),
+}
+
+
+def drawn(activation="relu", gated=False, biased=True, dtype=np.float32, seed=0):
+    draw = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return draw.normal(size=shape).astype(dtype)
+
+    return Experts(
+        up=normal(E, N, D),
+        down=normal(E, N, D),
+        gate=normal(E, N, D) if gated else None,
+        up_bias=normal(E, N) if biased else None,
+        gate_bias=normal(E, N) if biased and gated else None,
+        down_bias=normal(D) if biased else None,
+        activation=activation,
+    )
+
+
+def inputs(tokens=3, chosen=K, dtype=np.float32):
+    draw = np.random.default_rng(1)
+    picked = np.stack([draw.permutation(E)[:chosen] for _ in range(tokens)]).astype(np.int32)
+    return draw.normal(size=(tokens, D)).astype(dtype), picked
+
+
+def one_by_one(x, experts, chosen):
+    """Neuron by neuron, in float64."""
+    leaves = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), experts)
+    act, out = ACTIVATIONS[experts.activation], []
+    for row, picks in zip(np.asarray(x, np.float64), np.asarray(chosen)):
+        total = np.zeros(D) if leaves.down_bias is None else leaves.down_bias.copy()
+        for e in picks:
+            for n in range(N):
+                value = leaves.up[e, n] @ row + (0 if leaves.up_bias is None else leaves.up_bias[e, n])
+                if leaves.gate is None:
+                    value = act(value)
+                else:
+                    bias = 0 if leaves.gate_bias is None else leaves.gate_bias[e, n]
+                    value *= act(leaves.gate[e, n] @ row + bias)
+                total += value * leaves.down[e, n]
+        out.append(total)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("impl", PORTABLE)
+@pytest.mark.parametrize(("activation", "gated", "biased"), [("relu", False, True), ("silu", True, False)])
+def test_each_is_the_sum_of_the_chosen_neurons(impl, activation, gated, biased):
+    experts = drawn(activation, gated, biased)
+    x, chosen = inputs()
+    found = jax.jit(lambda *given: sparse_feed_forward(*given, impl=impl))(x, experts, chosen)
+    np.testing.assert_allclose(found, one_by_one(x, experts, chosen), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("impl", PORTABLE)
+def test_one_token_of_a_batch_and_all_experts(impl):
+    experts = drawn("silu", gated=True)
+    x, chosen = inputs(tokens=1, chosen=E)
+    found = sparse_feed_forward(x[None], experts, chosen[None], impl=impl)
+    assert found.shape == (1, 1, D)
+    np.testing.assert_allclose(found[0], one_by_one(x, experts, chosen), rtol=2e-5, atol=2e-5)
+    order = chosen[:, ::-1]  # which comes first is no matter
+    np.testing.assert_allclose(
+        sparse_feed_forward(x, experts, order, impl=impl), found[0], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("impl", [name for name in PORTABLE if name != "mask"])
+def test_gradients_are_the_masks(impl):
+    experts = drawn("silu", gated=True)
+    x, chosen = inputs()
+    weights = np.random.default_rng(2).normal(size=x.shape).astype(np.float32)
+
+    def loss(x, experts, impl):
+        return (sparse_feed_forward(x, experts, chosen, impl=impl) * weights).sum()
+
+    expected = jax.grad(loss, (0, 1))(x, experts, "mask")
+    found = jax.grad(loss, (0, 1))(x, experts, impl)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+    unused = sorted(set(range(E)) - set(chosen.ravel()))
+    assert not np.any(np.asarray(found[1].up)[unused]), "what no token chose has no gradient"
+
+
+@pytest.mark.parametrize("impl", PORTABLE)
+def test_half_types_add_up_in_float32(impl):
+    experts = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), drawn())
+    x, chosen = inputs()
+    found = sparse_feed_forward(x.astype(jnp.bfloat16), experts, chosen, impl=impl)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32),
+        one_by_one(x.astype(jnp.bfloat16), experts, chosen),
+        rtol=0.05,
+        atol=0.2,
+    )
+
+
+def asked(**changes):
+    given = {"platform": "cpu", "tokens": 1, "experts": 128, "chosen": 13, "size": 32, "width": 1024}
+    return SparseRequest(**{**given, "dtype": "float32", "gated": False, "activation": "relu", **changes})
+
+
+def test_few_tokens_gather_and_many_are_masked():
+    assert choose(asked(), "auto").name == "gather"
+    assert choose(asked(tokens=512), "auto").name == "mask"
+    assert choose(asked(chosen=64), "auto").name == "mask"
+    assert choose(asked(tokens=512), "gather").name == "gather"
+    with pytest.raises(InputError, match=r"impl='none' is unknown; valid are auto, .*gather"):
+        choose(asked(), "none")
+    assert set(PORTABLE) <= {each.name for each in implementations()}
+
+
+def test_what_does_not_fit_is_named():
+    experts = drawn()
+    x, chosen = inputs()
+    with pytest.raises(InputError, match=r"x \[3, 15\]"):
+        sparse_feed_forward(x[:, 1:], experts, chosen)
+    with pytest.raises(InputError, match="7 experts a token of 6"):
+        sparse_feed_forward(x, experts, np.zeros((3, 7), np.int32))
+    with pytest.raises(InputError, match="up_bias"):
+        sparse_feed_forward(x, experts.replace(up_bias=np.zeros((E, 3))), chosen)
+    with pytest.raises(InputError, match="gate_bias is given"):
+        sparse_feed_forward(x, experts.replace(gate_bias=experts.up_bias), chosen)
