@@ -6,26 +6,31 @@ it. Any other child module is a site too: its output is what is read or replaced
 
 Names are regular expressions over `/` paths, anchored at a path component and at the end: `mlp/act`
 is every layer's activation, `layers_3/mlp/act` one layer's, `attention/(query|key)` two projections.
+
+Everything is entered inside the call and left with it: there is no global state, and a compiled function
+that reads or edits goes on doing so. What an edit is to depend on is an argument (`Given`), not a closure.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from .. import InputError
 from .model import Model, Params, as_linen
 
 COLLECTION = "hooks"
+EDITS = "edits"
 LEAF = "~value"  # no module is called that; attention has a child "value"
 
 Reduce = Callable[[str, jax.Array], Any]
-Edit = Callable[[jax.Array], jax.Array]
+Read = Callable[[Any, Callable[..., Any], tuple, dict[str, Any]], tuple[Any, Any]]
 
 
 class Hook(nn.Module):
@@ -34,6 +39,22 @@ class Hook(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x`, unchanged."""
         return x
+
+
+@dataclass(frozen=True)
+class Given:
+    """An edit with data: the value at each path of `values` becomes `function(value, values[path])`.
+
+    Paths are those that `run_with_cache` returns, and so are the shapes: under scanned layers the data have
+    an axis `[L, ...]` in front, of which each layer gets its row. Data may be traced, differentiated and
+    mapped over: thousands of interventions are one compiled program.
+    """
+
+    function: Callable[[jax.Array, Any], jax.Array]
+    values: Mapping[str, Any]
+
+
+Edit = Callable[[jax.Array], jax.Array] | Given
 
 
 def matches(name: str, path: str) -> bool:
@@ -53,25 +74,58 @@ def run_with_cache(
 
     `reduce(path, value)` turns a value into what is kept, inside the traced program, so that a statistic
     of `[B, T, F]` activations never holds them. Under scanned layers the kept values come back stacked
-    `[L, ...]`. Pure; works under `jit`, `grad` and `vmap`. Raises `InputError` if a name matches nothing.
+    `[L, ...]`; a module that is called several times gives a tuple, an entry a call. Pure; works under
+    `jit`, `grad` and `vmap`. Raises `InputError` if a name matches nothing, and where a lifted
+    transformation of the model keeps what was read from coming out.
     """
     kept = reduce or (lambda path, value: value)
     seen: set[str] = set()
 
-    def read(next_call: Callable, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
-        output = next_call(*call_args, **call_kwargs)
-        path = _site_path(context)
-        if path is not None and (found := [name for name in names if matches(name, path)]):
-            seen.update(found)
-            value = kept(path, output)
-            context.module.sow(COLLECTION, LEAF, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    def read(context: Any, call: Callable[..., Any], call_args: tuple, call_kwargs: dict) -> tuple[Any, Any]:
+        output, path = call(*call_args, **call_kwargs), _site_path(context)
+        found = [] if path is None else [name for name in names if matches(name, path)]
+        seen.update(found)
+        return output, kept(path, output) if path is not None and found else None
+
+    result = collect(model, params, *args, read=read, **kwargs)
+    _require_all(names, seen)
+    return result
+
+
+def collect(
+    model: Model | nn.Module, params: Params, *args: Any, read: Read, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Apply `model` with `read(context, call, args, kwargs)` in place of each method call of its modules.
+
+    `read` returns the call's output and what is to be kept of it (None: nothing), which comes back by the
+    module's path, as `run_with_cache` says.
+    """
+    kept_at: set[str] = set()
+
+    def intercept(call: Callable, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
+        output, value = read(context, call, call_args, call_kwargs)
+        if value is not None:
+            kept_at.add("/".join(context.module.scope.path))
+            context.module.sow(COLLECTION, LEAF, value)  # a tuple, which grows with each call
         return output
 
-    with nn.intercept_methods(read):
+    with nn.intercept_methods(intercept):
         outputs, state = as_linen(model).apply(params, *args, mutable=[COLLECTION], **kwargs)
-    _require_all(names, seen)
     flat = flatten_dict(state.get(COLLECTION, {}), is_leaf=lambda path, _: path[-1:] == (LEAF,))
-    return outputs, {"/".join(path[:-1]): value for path, value in flat.items()}
+    values = {"/".join(path[:-1]): value[0] if len(value) == 1 else value for path, value in flat.items()}
+    if lost := sorted(kept_at - values.keys()):
+        raise InputError(
+            f"{lost[0]} was read, but a lifted transformation above it does not hand out the collection "
+            f"{COLLECTION!r}; give nn.scan or nn.vmap variable_axes={{{COLLECTION!r}: 0}}"
+        )
+    return outputs, values
+
+
+def site_shapes(
+    model: Model | nn.Module, params: Params, *args: Any, names: Sequence[str], **kwargs: Any
+) -> dict[str, Any]:
+    """Shapes and dtypes of what `run_with_cache` would return, by path; nothing is computed."""
+    return jax.eval_shape(lambda: run_with_cache(model, params, *args, names=names, **kwargs)[1])
 
 
 def run_with_edits(
@@ -79,24 +133,53 @@ def run_with_edits(
 ) -> Any:
     """Apply `model` with the value at each site that a name in `edits` matches replaced by `edit(value)`.
 
-    Under scanned layers an edit of `mlp/act` acts on every layer; to edit one layer, unroll the model
-    (`unstack_layers`). Raises `InputError` if a name matches nothing.
+    Under scanned layers a plain function at `mlp/act` acts on every layer alike; `Given` has data for each.
+    Raises `InputError` if a name matches nothing, if data are for a path that the name does not match or
+    that is not called, and for data together with a cache.
     """
     seen: set[str] = set()
+    data = _data_of(edits)
+    if data and kwargs.get("cache") is not None:
+        raise InputError("edits with data (Given) are for calls without a cache")
 
     def write(next_call: Callable, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
-        output = next_call(*call_args, **call_kwargs)
-        path = _site_path(context)
-        for name, edit in edits.items():
-            if path is not None and matches(name, path):
+        output, path = next_call(*call_args, **call_kwargs), _site_path(context)
+        for number, (name, edit) in enumerate(edits.items()):
+            if path is None or not matches(name, path):
+                continue
+            if not isinstance(edit, Given):
                 seen.add(name)
                 output = edit(output)
+            elif context.module.scope.has_variable(EDITS, _leaf(number)):
+                seen.add(path)
+                output = edit.function(output, context.module.scope.get_variable(EDITS, _leaf(number)))
         return output
 
+    kept = {"kept": {EDITS: unflatten_dict(data, sep="/")}} if data else {}
     with nn.intercept_methods(write):
-        outputs = as_linen(model).apply(params, *args, **kwargs)
-    _require_all(list(edits), seen)
+        outputs = as_linen(model).apply(params, *args, **kept, **kwargs)
+    _require_all([name for name, edit in edits.items() if not isinstance(edit, Given)], seen)
+    if unused := [path for path in data if path.rpartition("/")[0] not in seen]:
+        raise InputError(
+            f"data for an edit at {unused[0].rpartition('/')[0]!r}: the model calls no such site, or a "
+            f"lifted transformation above it does not hand in the collection {EDITS!r}"
+        )
     return outputs
+
+
+def _data_of(edits: Mapping[str, Edit]) -> dict[str, Any]:
+    """The data of `Given` edits, by the path of a leaf in the collection `edits`."""
+    data = {}
+    for number, (name, edit) in enumerate(edits.items()):
+        for path, value in edit.values.items() if isinstance(edit, Given) else ():
+            if not matches(name, path):
+                raise InputError(f"edit {name!r} has data for {path!r}, which it does not match")
+            data[f"{path}/{_leaf(number)}"] = value
+    return data
+
+
+def _leaf(number: int) -> str:
+    return f"{LEAF}_{number}"
 
 
 def _site_path(context: Any) -> str | None:
