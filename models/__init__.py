@@ -1,7 +1,8 @@
 """What is computed: Transformers as pure functions over parameter trees.
 
 * `model` the protocol; `transformer` the three assemblies; `config` and `presets` what to assemble
-* `block`, `attention`, `mlp`, `norms`, `residuals`, `heads` the parts; `embedding` and `place` what the
+* `block`, `attention`, `mlp`, `norms`, `residuals`, `heads` the parts; `moefied` and `selection` feed-forward
+  layers of which a token uses some experts; `embedding` and `place` what the
   layers are given; `cache` keys and values of the tokens so far
 * `positions`, `rotary`; `relations`, `rotary2d` and `extended` are CPM's and ChatGLM's
 * `kernels` the attention function behind one front
@@ -18,6 +19,7 @@ from .heads import ClassifierHead, LanguageModelHead, MaskedLanguageModelHead, P
 from .hooks import Hook, run_with_cache, run_with_edits
 from .mlp import MLP, GatedMLP
 from .model import LinenModel, Model, Params, as_linen, as_model
+from .moefied import MoefiedMLP
 from .norms import LayerNorm, RMSNorm
 from .positions import ALiBi, Learned, Positions, RelativeBuckets, Rotary, Sinusoidal
 from .precision import BF16, FP16, FP32, FP64, Precision
@@ -26,6 +28,7 @@ from .relations import SegmentPositions, SegmentRelations, TreePositions, TreeRe
 from .residuals import NormedResidual, PostNorm, PreNorm
 from .rotary import DynamicScaling, LinearScaling, Llama3Scaling, RotaryScaling, YarnScaling
 from .rotary2d import Rotary2D
+from .selection import CentreSelection, LowRankSelection, MLPSelection, OracleSelection
 from .stacking import stack_layers, unstack_layers
 from .transformer import Transformer
 
@@ -39,6 +42,7 @@ __all__ = [
     "ALiBi",
     "Block",
     "Cache",
+    "CentreSelection",
     "ClassifierHead",
     "Context",
     "DynamicScaling",
@@ -54,9 +58,13 @@ __all__ = [
     "LinearScaling",
     "LinenModel",
     "Llama3Scaling",
+    "LowRankSelection",
+    "MLPSelection",
     "MaskedLanguageModelHead",
     "Model",
+    "MoefiedMLP",
     "NormedResidual",
+    "OracleSelection",
     "Params",
     "Pooler",
     "Positions",

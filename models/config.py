@@ -12,12 +12,14 @@ import numpy as np
 from .. import InputError
 from .attention import GroupedQuery
 from .mlp import MLP, GatedMLP
+from .moefied import MoefiedMLP
 from .norms import LayerNorm, Norm
 from .positions import Learned, Positions
 from .precision import Precision
 from .products import dense_product, scaled_product
 from .residuals import PreNorm, Residual
 
+FeedForward = MLP | GatedMLP | MoefiedMLP
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 KINDS = ("decoder", "encoder", "encoder-decoder")
 REMAT = ("none", "full", "dots")
@@ -32,7 +34,7 @@ class Layer:
     """
 
     attention: GroupedQuery | None = None
-    mlp: MLP | GatedMLP | None = None
+    mlp: FeedForward | None = None
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -66,7 +68,7 @@ class TransformerConfig:
     input_rows: int = 0
     token_types: int = 0
     attention: GroupedQuery = GroupedQuery()
-    mlp: MLP | GatedMLP = MLP()
+    mlp: FeedForward = MLP()
     norm: Norm = LayerNorm()
     positions: Positions = Learned()
     residual: Residual = PreNorm()
@@ -122,7 +124,7 @@ class TransformerConfig:
         """Whether layer `index` has no such sublayer."""
         return bool(self.pattern) and sublayer in self.pattern[index % self.period].without
 
-    def layer(self, index: int) -> tuple[GroupedQuery, MLP | GatedMLP]:
+    def layer(self, index: int) -> tuple[GroupedQuery, FeedForward]:
         """Attention and mlp of layer `index`."""
         own = self.pattern[index % self.period] if self.pattern else Layer()
         return own.attention or self.attention, own.mlp or self.mlp

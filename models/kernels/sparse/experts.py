@@ -17,8 +17,8 @@ OPTIONAL = ("gate", "up_bias", "gate_bias")
 class Experts:
     """E experts of n neurons each, of a feed-forward layer with E n neurons of width D.
 
-    `up`, `gate` and `down` are `[E, n, D]`: a neuron is a row of each, so that an expert's weights are read in
-    one piece. Biases are `[E, n]`, `down_bias` is `[D]`; None where the layer has none. With a `gate` a
+    `up`, `gate` and `down` are `[E, n, D]`: a neuron is a row of each, so that an expert's weights are read
+    in one piece. Biases are `[E, n]`, `down_bias` is `[D]`; None where the layer has none. With a `gate` a
     neuron is `activation(gate·x) (up·x)`, without one `activation(up·x)`.
     """
 

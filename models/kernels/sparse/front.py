@@ -10,7 +10,7 @@ from .request import sparse_request
 
 
 def sparse_feed_forward(x: Array, experts: Experts, chosen: Array, *, impl: str = "auto") -> Array:
-    """The feed-forward layer of x `[..., D]` with only the `chosen` experts `[..., k]` of each token: `[..., D]`.
+    """The feed-forward layer of x `[..., D]` with only each token's `chosen` experts `[..., k]`: `[..., D]`.
 
     The indices in `chosen` are distinct for each token. The chosen experts' outputs are added up and not
     weighted (Zhang et al., "MoEfication", 2022, section 3.1), so that with all of them it is the dense layer.

@@ -32,9 +32,7 @@ class Gather:
         """Weights that are copied for several tokens cost more than the dense layer's, which all share."""
         copied = TRAFFIC * request.share * request.tokens
         if copied >= 1.0 and request.chosen < request.experts:
-            return (
-                f"moving the chosen weights of {request.tokens} tokens takes {copied:.1f} times the layer's"
-            )
+            return f"moving what {request.tokens} tokens choose takes {copied:.1f} times the layer's traffic"
         if request.chosen == request.experts:
             return "all experts are chosen"
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -25,11 +26,11 @@ class Mask:
         """Always fits."""
 
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
-        """`[N, D]`."""
-        wide = statistics_dtype(x.dtype)
-        hidden = neurons(experts, x, lambda weights, x: jnp.einsum("td,end->ten", x, weights))
+        """`[N, D]`. Weights are taken as `[E n, D]`: of three axes XLA on CPUs would make a copy first."""
         rows = jnp.arange(x.shape[0])[:, None]
-        picked = jnp.zeros(hidden.shape[:2], bool).at[rows, chosen].set(True)
-        hidden = jnp.where(picked[:, :, None], hidden, 0)
-        out = jnp.einsum("ten,end->td", hidden, experts.down, preferred_element_type=wide)
-        return out.astype(x.dtype)
+        picked = jnp.zeros((x.shape[0], experts.count), bool).at[rows, chosen].set(True)
+        dense = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), experts.replace(down_bias=None))
+        hidden = neurons(dense, x, lambda weights, x: x @ weights.T)
+        hidden = jnp.where(jnp.repeat(picked, experts.size, axis=1), hidden, 0)
+        wide = statistics_dtype(x.dtype)
+        return jnp.dot(hidden, dense.down, preferred_element_type=wide).astype(x.dtype)

@@ -16,8 +16,8 @@ from .experts import Experts
 class SparseRequest:
     """Everything about one call but the numbers; hashable, known at trace time.
 
-    `tokens` N choose `chosen` k of `experts` E with `size` n neurons of `width` D each. `partitioned`: XLA may
-    split the call over several devices.
+    `tokens` N choose `chosen` k of `experts` E with `size` n neurons of `width` D each. `partitioned`: XLA
+    may split the call over several devices.
     """
 
     platform: str
