@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from .. import InputError
 from ..models.costs import abstract_parameters
+from ..models.placement import placed
 from ..models.precision import BF16, Precision
 from ..models.presets import preset
 from ..models.transformer import Transformer
@@ -33,7 +34,6 @@ from ..research.training.config import OptimizerConfig, ScheduleConfig
 from ..research.training.memory import CompiledMemory, compiled_memory
 from ..research.training.objectives import delta_tuning, full_tuning, language_modelling
 from ..research.training.optimizers import make_optimizer
-from ..research.training.program import held_in_rows
 from ..research.training.state import create_state
 from ..research.training.step import make_train_step
 
@@ -135,7 +135,7 @@ def _lowered(case: MemoryCase, layout: Layout) -> tuple[jax.stages.Lowered, int]
         frozen = {"params": params, "delta_state": made["delta_state"]}
     optimizer = make_optimizer(OptimizerConfig("adamw", 1e-3, ScheduleConfig("constant", warmup=0)), steps=1)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer), trainable)
-    loss = held_in_rows(language_modelling(forward), layout)
+    loss = placed(language_modelling(forward), layout)
     shardings = layout.state(state, axes)
     step = jax.jit(
         make_train_step(loss, optimizer), donate_argnums=0, out_shardings=(shardings, layout.replicated())

@@ -65,6 +65,11 @@ class GroupedQuery:
             raise InputError(f"width {model_width} is not a multiple of {self.heads} heads; set head_width")
         return self.head_width or model_width // self.heads
 
+    @property
+    def scores(self) -> dict[str, Any]:
+        """What is done to the scores, as `attention` takes it."""
+        return {"scale": self.scale or None, "soft_cap": self.soft_cap or None}
+
     def build(self, config: TransformerConfig, cross: bool = False) -> nn.Module:
         """`attention` or `cross_attention`, with children `query`, `key`, `value` and `output`."""
         return AttentionModule(config, self, cross, name=CROSS if cross else "attention")
@@ -84,8 +89,10 @@ class AttentionModule(nn.Module):
     """Self-attention of `x [B, T, D]`, or, where `cross`, attention to `memory [B, S, D]`.
 
     The hook `heads` sees each head's weighted values `[B, T, H, K]` before the output projection. The
-    method `attend` is the core, there to be intercepted. With `slots` the layer keeps its keys and values in
-    the collection `cache`; then cross-attention without a memory reads those it kept.
+    method `attend` is the core, there to be intercepted, and `compute` the kernel inside it, which
+    `models.placement` intercepts: whatever changes `attend` is outside of what a mesh splits. With `slots`
+    the layer keeps its keys and values in the collection `cache`; then cross-attention without a memory reads
+    those it kept.
     """
 
     config: TransformerConfig
@@ -165,10 +172,15 @@ class AttentionModule(nn.Module):
         A cache may hand out keys and values in a form of its own, which is also taken for such an array.
         With `return_lse` also the scores' log-sum-exp `[B, H, T]`: who intercepts can weigh in more keys.
         """
-        choice = self.choice
-        given: dict[str, Any] = {"mask": mask, "bias": bias, "return_lse": return_lse}
-        given |= {"scale": choice.scale or None, "soft_cap": choice.soft_cap or None}
+        return self.compute(query, key, value, mask, bias, return_lse)
+
+    def compute(
+        self, query: jax.Array, key: Any, value: Any, mask: Mask, bias: Bias | None, return_lse: bool
+    ) -> Any:
+        """What `attend` returns, by whichever kernel is for these keys and values."""
         if isinstance(key, Joined) and isinstance(value, Joined):
-            return decode_attention(query, key, value, **given)
+            given = {"mask": mask, "bias": bias, "return_lse": return_lse}
+            return decode_attention(query, key, value, **given, **self.choice.scores)
         key, value = jnp.asarray(key), jnp.asarray(value)
-        return attention(query, key, value, **given, impl=choice.implementation)
+        given = {"mask": mask, "bias": bias, "return_lse": return_lse, "impl": self.choice.implementation}
+        return attention(query, key, value, **given, **self.choice.scores)

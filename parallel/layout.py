@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from .. import InputError
 from .batches import batch_sharding, fitting_rows, local_rows, place_batch, replicated
 from .mesh import MeshShape, make_mesh
-from .rules import DEFAULT_RULES, AxisRules, AxisTable, axis_names
+from .rules import DEFAULT_RULES, AxisRules, AxisTable, axis_names, make_spec, split_axes, ways
 from .zero import (
     LEVELS,
     MINIMUM,
@@ -90,16 +90,26 @@ class Layout:
         """The smallest number of rows, from `rows` up, that divides over the mesh."""
         return fitting_rows(rows, self.mesh, self.rules)
 
-    def activations(self, x: jax.Array) -> jax.Array:
+    def activations(self, x: jax.Array, length: str = "length") -> jax.Array:
         """`x [B, T, ...]`, in a traced function, held where the batch lies: a device computes its own rows.
 
         ZeRO may split a parameter over the axes that split the rows. At such a parameter's use the
         partitioner has to gather the one or move the other, and does not always choose well: one such
-        constraint, on the embedded tokens, decides it.
+        constraint, on the embedded tokens, decides it. `length` is the logical axis of T. Mesh axes that do
+        not divide B or T are left out; inside a `shard_map` so are those that it splits.
         """
-        if self.mesh.size == 1:
+        around = jax.sharding.get_abstract_mesh()
+        manual = () if around.empty else around.manual_axes
+        if self.mesh.size == 1 or len(manual) == len(self.mesh.axis_names):
             return x
-        return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh, x.ndim, self.rules))
+        entries = []
+        for name, size in zip(("batch", length), x.shape):
+            axes = [a for a in split_axes(self.rules.mesh_axes(name), self.mesh, name) if a not in manual]
+            while axes and size % ways(self.mesh, axes):
+                axes.pop()
+            entries.append(tuple(axes))
+        where = NamedSharding(around if manual else self.mesh, make_spec(entries))
+        return jax.lax.with_sharding_constraint(x, where)
 
     def replicated(self) -> NamedSharding:
         """The sharding of an array that every device holds whole."""

@@ -6,7 +6,8 @@ are skipped. `registry` chooses the implementation of a `request`: `whole` (shor
 `chunked` (XLA, tile by tile, of sizes from the table of `block_sizes`), `reference` (every score at once,
 the oracle), Pallas kernels in `tpu` and `hopper`, by name `cudnn`.
 `merging` joins attention on two sets of keys by their log-sum-exps, and `context` so attends to sequences
-over a mesh axis; `decode` is for few queries on a cache, `paged` for one that lies in pages.
+over a mesh axis; `sharded` computes on any mesh what XLA could not split, by the `letters` of arrays' axes;
+`decode` is for few queries on a cache, `paged` for one that lies in pages.
 `spans`, `trees` and `varying` hold what these share: ranges of indices, dataclasses that are pytrees, and
 arrays inside `shard_map`.
 """
@@ -24,6 +25,7 @@ from .paged import Paged
 from .registry import implementations
 from .relations import Relations
 from .request import Implementation, Request
+from .sharded import MeshAxes, sharded_attention
 from .terms import Terms
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Keys",
     "Lengths",
     "Mask",
+    "MeshAxes",
     "Not",
     "Or",
     "Paged",
@@ -59,5 +62,6 @@ __all__ = [
     "implementations",
     "merge",
     "merge_sinks",
+    "sharded_attention",
     "zigzag_order",
 ]

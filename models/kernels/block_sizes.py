@@ -64,8 +64,9 @@ def mask_kind(mask: Mask) -> str:
 
 
 def chip() -> str:
-    """`cpu`, or the kind of the first device as its maker calls it."""
-    return "cpu" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    """`cpu`, or the kind of the mesh's devices, or of the first device, as its maker calls it."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return "cpu" if device.platform == "cpu" else device.device_kind
 
 
 @functools.lru_cache(maxsize=1)

@@ -23,6 +23,7 @@ from ...parallel.ring import ring_fold
 from .biases import Bias
 from .dropout import Dropout
 from .front import terms_of
+from .letters import map_arrays
 from .masks import Mask
 from .merging import merge, merge_sinks
 from .registry import choose
@@ -33,15 +34,20 @@ from .varying import vary, varying_axes
 
 Method = Literal["ring", "gather"]
 Order = Literal["zigzag", "contiguous"]
+Rows = Literal["whole", "own"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a sequence lies over the devices of `axis`, and what computes a piece of its attention."""
+    """How a sequence lies over the devices of `axis`, and what computes a piece of its attention.
+
+    `rows` says whether masks and biases are there for all queries or for the device's own.
+    """
 
     axis: str
     order: Order
     impl: str
+    rows: Rows
 
     def places(self, device: int | Array, length: int) -> list[Place]:
         """The runs of successive positions that a device holds."""
@@ -57,6 +63,10 @@ class Place(NamedTuple):
 
     here: Span
     everywhere: Span
+
+    def rows(self, held: Rows) -> Span:
+        """The positions, to cut masks and biases by: of all queries, or of this device's alone."""
+        return self.everywhere if held == "whole" else self.everywhere._replace(held=self.here.start)
 
 
 def zigzag_order(length: int, devices: int) -> np.ndarray:
@@ -86,6 +96,7 @@ def context_attention(
     dropout: Dropout | None = None,
     method: Method = "ring",
     order: Order = "zigzag",
+    rows: Rows = "whole",
     impl: str = "auto",
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -93,25 +104,29 @@ def context_attention(
 
     q is `[B, T / n, H, K]`, k and v `[B, S / n, G, K]`, the parts of this device in the given order (see
     `zigzag_order`); mask, bias and dropout speak of whole sequences in their natural order, and their arrays
-    are whole along T and S on every device. Output `[B, T / n, H, K]` and lse `[B, H, T / n]` are those of
-    one device, and so are all gradients. Raises InputError as `attention` does, for unknown methods and
-    orders, and in zigzag order for parts of odd length.
+    are whole along T and S on every device. With `rows="own"` arrays are in the order of q and k instead, and
+    along T hold this device's queries alone: of a dense mask or bias a device needs no more. Output
+    `[B, T / n, H, K]` and lse `[B, H, T / n]` are those of one device, and so are all gradients. Raises
+    InputError as `attention` does, for unknown options, and in zigzag order for parts of odd length.
     """
-    devices = lax.axis_size(axis)
-    terms = terms_of(q, k, v, mask, bias, scale, soft_cap, sinks, dropout, devices)
-    _check(q, k, method, order)
+    devices, (queries, keys) = lax.axis_size(axis), (q.shape[1], k.shape[1])
+    whole = (queries * (devices if rows == "whole" else 1), keys * devices)
+    terms = terms_of(q, k, v, mask, bias, scale, soft_cap, sinks, dropout, whole)
+    _check(q, k, method, order, rows)
+    layout = Layout(axis, order, impl, rows)
+    terms = terms if rows == "whole" else _keys_in_order(layout, terms)
     given = (q, k, v, terms)
     q, k, v, terms = vary(given, varying_axes(given) | {axis})
-    layout = Layout(axis, order, impl)
     attend = _ring_attention if method == "ring" else _gathered_attention
     out, lse = attend(layout, q, k, v, terms)
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
 
 
-def _check(q: Array, k: Array, method: str, order: str) -> None:
+def _check(q: Array, k: Array, method: str, order: str, rows: str) -> None:
     for name, value, valid in (
         ("method", method, ("ring", "gather")),
         ("order", order, ("zigzag", "contiguous")),
+        ("rows", rows, ("whole", "own")),
     ):
         if value not in valid:
             raise InputError(f"context_attention: {name} is {value!r}; valid are {', '.join(valid)}")
@@ -125,21 +140,32 @@ def _check(q: Array, k: Array, method: str, order: str) -> None:
 
 def _gathered_attention(layout: Layout, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
     """Own queries on all keys."""
-    k, v = (_in_order(layout, lax.all_gather(x, layout.axis, axis=1, tiled=True)) for x in (k, v))
+    k, v = (_in_order(layout, lax.all_gather(x, layout.axis, axis=1, tiled=True), 1) for x in (k, v))
     keys = Place(Span(0, k.shape[1]), Span(0, k.shape[1]))
     places = layout.places(lax.axis_index(layout.axis), q.shape[1])
     return _pieces(layout, q, k, v, terms, places, [keys])
 
 
-def _in_order(layout: Layout, gathered: Array) -> Array:
-    """What devices hold one after the other, in the order of the sequence."""
+def _in_order(layout: Layout, gathered: Array, axis: int) -> Array:
+    """What devices hold one after the other along `axis`, in the order of the sequence."""
     if layout.order == "contiguous":
         return gathered
-    batch, length, *rest = gathered.shape
-    devices = lax.axis_size(layout.axis)
-    chunks = gathered.reshape(batch, devices, 2, length // devices // 2, *rest)
-    in_order = jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], 1)
-    return in_order.reshape(gathered.shape)
+    shape, devices = gathered.shape, lax.axis_size(layout.axis)
+    chunks = jnp.reshape(
+        gathered, (*shape[:axis], devices, 2, shape[axis] // devices // 2, *shape[axis + 1 :])
+    )
+    early, late = (lax.index_in_dim(chunks, half, axis + 1, keepdims=False) for half in (0, 1))
+    return jnp.concatenate([early, jnp.flip(late, axis)], axis).reshape(shape)
+
+
+def _keys_in_order(layout: Layout, terms: Terms) -> Terms:
+    """The arrays of masks and biases with their keys in the order of the sequence."""
+
+    def in_order(letters: str, array: Any) -> Any:
+        axis = letters.find("S")
+        return array if axis < 0 or array.shape[axis] == 1 else _in_order(layout, jnp.asarray(array), axis)
+
+    return map_arrays(in_order, terms)
 
 
 def _ring_attention(layout: Layout, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
@@ -213,7 +239,7 @@ def _pieces(
         parts = []
         for column in keys:
             inputs = row.here.cut(q, 1), column.here.cut(k, 1), column.here.cut(v, 1)
-            cut = terms.cut(row.everywhere, column.everywhere)
+            cut = terms.cut(row.rows(layout.rows), column.everywhere)
             out, lse = choose(request_of(*inputs, cut, lse=True), layout.impl)(*inputs, cut)
             parts.append((out.astype(lse.dtype), lse))
         rows.append(functools.reduce(lambda a, b: merge(*a, *b), parts))

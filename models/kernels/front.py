@@ -108,11 +108,11 @@ def terms_of(
     soft_cap: float | None,
     sinks: Array | None,
     dropout: Dropout | None,
-    devices: int = 1,
+    whole: tuple[int, int] | None = None,
 ) -> Terms:
     """What the call asks for, checked; dropout at rate 0 is none.
 
-    With `devices` the arrays are what one of so many holds of sequences that mask and bias are for in full.
+    `whole` are the lengths that mask and bias are for, of queries and keys, where those given are parts.
     """
     _check_arrays(q, k, v)
     check_number("scale", scale)
@@ -122,7 +122,7 @@ def terms_of(
             f"mask is {type(mask).__name__}; it must be a mask, e.g. Full(), Causal() or Dense(array)"
         )
     bias = as_bias(bias)
-    sizes = Sizes(q.shape[0], q.shape[2], q.shape[1] * devices, k.shape[1] * devices)
+    sizes = Sizes(q.shape[0], q.shape[2], *(whole or (q.shape[1], k.shape[1])))
     reasons = (
         mask.mismatch(sizes),
         bias.mismatch(sizes) if bias is not None else None,

@@ -89,7 +89,7 @@ def request_of(q: Array, k: Any, v: Any, terms: Terms, lse: bool) -> Request:
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     return Request(
-        platform=jax.default_backend(),
+        platform=platform(),
         batch=batch,
         queries=queries,
         keys=keys,
@@ -106,6 +106,12 @@ def request_of(q: Array, k: Any, v: Any, terms: Terms, lse: bool) -> Request:
         lse=lse,
         partitioned=partitioned(),
     )
+
+
+def platform() -> str:
+    """Of the mesh around, inside `shard_map`: perhaps one that is only compiled for; else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def partitioned() -> bool:

@@ -9,10 +9,14 @@ from .trees import AnyArray
 
 
 class Span(NamedTuple):
-    """The `size` indices from `start` on; a tile has a static size and perhaps a traced start."""
+    """The `size` indices from `start` on; a tile has a static size and perhaps a traced start.
+
+    `held` is where they begin in arrays that hold a part of all indices only, such as one device's.
+    """
 
     start: int | Array
     size: int
+    held: int | None = None
 
     def indices(self) -> Array:
         """The indices themselves, int32 `[size]`."""
@@ -22,9 +26,10 @@ class Span(NamedTuple):
         """This range of `array` along `axis`; an axis of size 1 broadcasts and stays whole."""
         if array.shape[axis] == 1:
             return jnp.asarray(array)
-        if isinstance(self.start, int):
-            return lax.slice_in_dim(array, self.start, self.start + self.size, axis=axis)
-        return lax.dynamic_slice_in_dim(array, self.start, self.size, axis=axis)
+        start = self.start if self.held is None else self.held
+        if isinstance(start, int):
+            return lax.slice_in_dim(array, start, start + self.size, axis=axis)
+        return lax.dynamic_slice_in_dim(array, start, self.size, axis=axis)
 
 
 def pad(array: AnyArray, axis: int, length: int) -> Array:

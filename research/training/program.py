@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import optax
 
+from ...models.placement import placed
 from ...parallel.layout import Layout
 from .config import TrainingConfig
 from .job import Job
 from .loss_scale import Scaling
-from .objectives import Loss, LossSums
 from .optimizers import make_optimizer
 from .rates import set_rate, with_rate_argument
 from .state import TrainState, create_state
@@ -49,6 +48,39 @@ def build_program(
     With `any_rate` the learning rate lies in the state: the compiled step of such a program may be given as
     `step` to another one that differs in learning rate, seed and values only, and nothing is compiled again.
     """
+    initial = job.frozen if job.initial is None else job.initial
+    create, optimizer, abstract = _state(job, config, layout, scaling, any_rate)
+    frozen = jax.device_put(job.frozen, layout.parameters(job.frozen, job.axes))
+    if step is None:
+        placed_batch = layout.place(job.batches(0))
+        batch = _abstract(placed_batch, jax.tree.map(lambda leaf: leaf.sharding, placed_batch))
+        step = _lowered(job, config, layout, scaling, optimizer, abstract, frozen, batch).compile()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return Program(
+        create=lambda: jax.jit(create, out_shardings=shardings)(jax.random.key(config.seed), initial),
+        step=step,
+        abstract=abstract,
+        frozen=frozen,
+    )
+
+
+def lower_step(
+    job: Job, config: TrainingConfig, layout: Layout, scaling: Scaling, batch: Mapping[str, Any]
+) -> jax.stages.Lowered:
+    """The train step of `build_program`, traced for a `batch` of shapes: only to be compiled.
+
+    The devices of the layout need not be there, nor the arrays of `job.frozen`, which may be shapes.
+    """
+    _, optimizer, abstract = _state(job, config, layout, scaling, any_rate=False)
+    frozen = _abstract(job.frozen, layout.parameters(job.frozen, job.axes))
+    rows = _abstract(batch, layout.batch(batch))
+    return _lowered(job, config, layout, scaling, optimizer, abstract, frozen, rows)
+
+
+def _state(
+    job: Job, config: TrainingConfig, layout: Layout, scaling: Scaling, any_rate: bool
+) -> tuple[Callable[[jax.Array, Tree], TrainState], optax.GradientTransformation, TrainState]:
+    """What makes the state, the optimizer, and the state's shapes and shardings."""
     unit = replace(config.optimizer, learning_rate=1.0) if any_rate else config.optimizer
     optimizer = make_optimizer(unit, config.steps)
     optimizer = with_rate_argument(optimizer) if any_rate else optimizer
@@ -61,18 +93,10 @@ def build_program(
 
     initial = job.frozen if job.initial is None else job.initial
     shapes = jax.eval_shape(create, jax.random.key(config.seed), initial)
-    shardings = layout.state(shapes, job.axes)
-    abstract = _abstract(shapes, shardings)
-    frozen = jax.device_put(job.frozen, layout.parameters(job.frozen, job.axes))
-    return Program(
-        create=lambda: jax.jit(create, out_shardings=shardings)(jax.random.key(config.seed), initial),
-        step=step or _compiled(job, config, layout, scaling, optimizer, abstract, frozen),
-        abstract=abstract,
-        frozen=frozen,
-    )
+    return create, optimizer, _abstract(shapes, layout.state(shapes, job.axes))
 
 
-def _compiled(
+def _lowered(
     job: Job,
     config: TrainingConfig,
     layout: Layout,
@@ -80,43 +104,21 @@ def _compiled(
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
     frozen: Tree,
-) -> jax.stages.Compiled:
-    """The train step, for states like `abstract`."""
+    batch: Tree,
+) -> jax.stages.Lowered:
+    """The train step, for states like `abstract` and batches like `batch`."""
     gradients = layout.gradients(abstract.trainable, job.axes) if layout.zero >= 2 else None
     step = make_train_step(
-        held_in_rows(job.loss, layout),
+        placed(job.loss, layout),
         optimizer,
         accumulate=config.accumulate,
         scaling=scaling,
         average_decay=config.ema,
         gradient_shardings=gradients,
     )
-    placed = layout.place(job.batches(0))
-    batch = _abstract(placed, jax.tree.map(lambda leaf: leaf.sharding, placed))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated()))
-    return jitted.lower(abstract, frozen, batch).compile()
-
-
-def held_in_rows(loss: Loss, layout: Layout) -> Loss:
-    """`loss` with the embedded tokens held where their rows lie, see `Layout.activations`.
-
-    Only Linen models have the hook `embedded`; for others nothing changes.
-    """
-    if layout.mesh.size == 1:
-        return loss
-
-    def hold(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        value = call(*args, **kwargs)
-        return layout.activations(value) if context.module.name == "embedded" else value
-
-    def held(
-        trainable: Tree, frozen: Tree, batch: Mapping[str, jax.Array], rng: jax.Array | None
-    ) -> LossSums:
-        with nn.intercept_methods(hold):
-            return loss(trainable, frozen, batch, rng)
-
-    return held
+    return jitted.lower(abstract, frozen, batch)
 
 
 def _abstract(shapes: Tree, shardings: Tree) -> Tree:
