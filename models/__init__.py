@@ -1,9 +1,9 @@
 """What is computed: Transformers as pure functions over parameter trees.
 
 * `model` the protocol; `transformer` the three assemblies; `config` and `presets` what to assemble
-* `block`, `attention`, `mlp`, `norms`, `residuals`, `heads` the parts; `moefied` and `selection` feed-forward
-  layers of which a token uses some experts; `embedding` and `place` what the
-  layers are given; `cache` keys and values of the tokens so far
+* `block`, `attention`, `mlp`, `norms`, `residuals`, `heads` the parts; `experts` a routed feed-forward layer
+  (`routing`, `dispatch`, `grouped`); `moefied` and `selection` feed-forward layers of which a token uses some
+  experts; `embedding` and `place` what the layers are given; `cache` keys and values of the tokens so far
 * `positions`, `rotary`; `relations`, `rotary2d` and `extended` are CPM's and ChatGLM's
 * `kernels` the attention function behind one front
 * `hooks` reading and editing activations; `axes` logical axis names; `stacking` scanned layers
@@ -14,6 +14,7 @@ from .attention import GroupedQuery, multi_head, multi_query
 from .block import Block, Context
 from .cache import Cache
 from .config import Layer, TransformerConfig
+from .experts import RoutedMLP
 from .extended import ExtendedHead, ExtraWords
 from .heads import ClassifierHead, LanguageModelHead, MaskedLanguageModelHead, Pooler
 from .hooks import Hook, run_with_cache, run_with_edits
@@ -76,6 +77,7 @@ __all__ = [
     "Rotary",
     "Rotary2D",
     "RotaryScaling",
+    "RoutedMLP",
     "SegmentPositions",
     "SegmentRelations",
     "Sinusoidal",

@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import InputError
 from .attention import GroupedQuery
+from .experts import RoutedMLP
 from .mlp import MLP, GatedMLP
 from .moefied import MoefiedMLP
 from .norms import LayerNorm, Norm
@@ -19,7 +20,7 @@ from .precision import Precision
 from .products import dense_product, scaled_product
 from .residuals import PreNorm, Residual
 
-FeedForward = MLP | GatedMLP | MoefiedMLP
+FeedForward = MLP | GatedMLP | MoefiedMLP | RoutedMLP
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 KINDS = ("decoder", "encoder", "encoder-decoder")
 REMAT = ("none", "full", "dots")

@@ -11,6 +11,7 @@ from typing import Any
 from .. import InputError
 from .attention import GroupedQuery, multi_head
 from .config import TransformerConfig
+from .experts import RoutedMLP
 from .mlp import MLP, GatedMLP
 from .norms import LayerNorm, RMSNorm
 from .positions import Learned, Rotary, Sinusoidal
@@ -105,6 +106,19 @@ def modern(layers: int, width: int, heads: int, kv_heads: int, vocab: int = 32_0
     )
 
 
+def routed(
+    layers: int, width: int, heads: int, kv_heads: int, mlp: RoutedMLP, vocab: int = 32_000
+) -> TransformerConfig:
+    """`modern` with routed experts for its mlp, scanned."""
+    return replace(modern(layers, width, heads, kv_heads, vocab), mlp=mlp, scan=True)
+
+
+def mixtral() -> TransformerConfig:
+    """Jiang et al., "Mixtral of Experts" (2024), table 1: 46.7B parameters, 12.9B of them active."""
+    config = routed(32, 4096, 32, 8, RoutedMLP(8, 2, 14_336))
+    return replace(config, norm=RMSNorm(1e-5), positions=Rotary(1_000_000.0))
+
+
 def cpm(**choices: Any) -> TransformerConfig:
     """What CPM-Ant and CPM-Bee share (OpenBMB, `cpm-ant-10b.json` and `cpm-bee-10b.json`)."""
     return TransformerConfig(
@@ -166,6 +180,8 @@ PRESETS: dict[str, Preset] = {
     "chatglm-6b": chatglm,
     "quick": quick,
     "modern-tiny": lambda: modern(4, 256, 8, 2, 4096),
+    "routed-tiny": lambda: routed(4, 256, 8, 2, RoutedMLP(8, 2, 256), 4096),
+    "mixtral-8x7b": mixtral,
 }
 
 

@@ -11,10 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import InputError
 from .rules import DEFAULT_RULES, AxisRules, leaf_path, make_spec, split_axes, ways
+from .zigzag import Order, zigzag_order
 
 
 def batch_sharding(mesh: Mesh, rank: int = 2, rules: AxisRules = DEFAULT_RULES) -> NamedSharding:
-    """Where a batch leaf [B], [B, T] or [B, T, ...] lies: rows over data and fsdp, length over context."""
+    """Where a batch leaf [B], [B, T] or [B, T, ...] lies: rows over the axes of the rule `batch`, length over context."""
     logical = ("batch", "length")[:rank]
     return NamedSharding(
         mesh, make_spec([split_axes(rules.mesh_axes(name), mesh, "batch") for name in logical])
@@ -41,10 +42,11 @@ def fitting_rows(rows: int, mesh: Mesh, rules: AxisRules = DEFAULT_RULES) -> int
     return -(-rows // blocks) * blocks
 
 
-def place_batch(batch: Any, mesh: Mesh, rules: AxisRules = DEFAULT_RULES) -> Any:
+def place_batch(batch: Any, mesh: Mesh, rules: AxisRules = DEFAULT_RULES, order: Order = "contiguous") -> Any:
     """Turn this process's rows (numpy, [b, ...], see `local_rows`) into global arrays [B, ...] on the mesh.
 
-    Every leaf has the whole length T, also where `context` splits it; scalars are copied.
+    Every leaf has the whole length T, also where `context` splits it; scalars are copied. With `order`
+    "zigzag" the columns of every leaf [B, T, ...] are laid in `zigzag_order`, which is the model's to know.
     Raises InputError for a number of rows or a length that does not divide.
     """
     blocks, mine = _row_blocks(mesh, rules)
@@ -59,7 +61,9 @@ def place_batch(batch: Any, mesh: Mesh, rules: AxisRules = DEFAULT_RULES) -> Any
                 _indivisible(f"batch[{path!r}] of shape {array.shape}", len(array), len(mine), mesh, rules)
             )
         rows = len(array) // len(mine) * blocks
-        _check_length(path, array.shape, sharding, mesh)
+        _check_length(path, array.shape, sharding, mesh, 2 if order == "zigzag" else 1)
+        if order == "zigzag" and len(sharding.spec) > 1:
+            array = array[:, zigzag_order(array.shape[1], ways(mesh, sharding.spec[1]))]
         return jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
 
     return jax.tree_util.tree_map_with_path(place, batch)
@@ -90,14 +94,18 @@ def _row_blocks(mesh: Mesh, rules: AxisRules) -> tuple[int, list[int]]:
     return blocks, mine
 
 
-def _check_length(path: str, shape: tuple[int, ...], sharding: NamedSharding, mesh: Mesh) -> None:
+def _check_length(
+    path: str, shape: tuple[int, ...], sharding: NamedSharding, mesh: Mesh, chunks: int
+) -> None:
     if len(sharding.spec) < 2 or sharding.spec[1] is None:
         return
     parts = ways(mesh, sharding.spec[1])
-    if shape[1] % parts:
+    pieces = parts * chunks
+    if shape[1] % pieces:
+        each = " in two chunks each" if chunks == 2 else ""
         raise InputError(
-            f"batch[{path!r}] of shape {shape}: length {shape[1]} does not divide over context={parts}; "
-            f"pad it to {-(-shape[1] // parts) * parts}"
+            f"batch[{path!r}] of shape {shape}: length {shape[1]} does not divide over context={parts}{each};"
+            f" pad it to {-(-shape[1] // pieces) * pieces}"
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from .zero import (
     optimizer_shardings,
     parameter_shardings,
 )
+from .zigzag import Order
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Layout:
     zero       0 to 3, see `modicum.parallel.zero`
     replicate  patterns of arrays copied whole to every device, where their sizes divide over nothing
     minimum    elements from which ZeRO splits an array
+    order      of a batch's columns over `context`; "zigzag" is for causal models under `models.placement`
     """
 
     mesh: Mesh
@@ -40,10 +45,13 @@ class Layout:
     zero: int = 0
     replicate: tuple[str, ...] = ()
     minimum: int = MINIMUM
+    order: Order = "contiguous"
 
     def __post_init__(self) -> None:
         if self.zero not in LEVELS:
             raise InputError(f"ZeRO level {self.zero!r}; the levels are 0, 1, 2, 3")
+        if self.order not in ("contiguous", "zigzag"):
+            raise InputError(f"order {self.order!r}; a batch's columns lie contiguous or zigzag")
 
     @classmethod
     def single(cls) -> Layout:
@@ -73,14 +81,28 @@ class Layout:
         return _with_field(everything, parameters, self.parameters(abstract, table))
 
     def batch(self, abstract_batch: Any) -> Any:
-        """Shardings of a batch: rows over data and fsdp, length over context."""
+        """Shardings of a batch: rows over the axes of the rule `batch`, length over context."""
         return jax.tree.map(
             lambda leaf: batch_sharding(self.mesh, len(leaf.shape), self.rules), abstract_batch
         )
 
     def place(self, batch: Any) -> Any:
         """Put this process's rows of a batch on the mesh, see `place_batch`."""
-        return place_batch(batch, self.mesh, self.rules)
+        return place_batch(batch, self.mesh, self.rules, self.order)
+
+    def for_causal(self, length: int) -> Layout:
+        """This layout with rows of `length` tokens in zigzag order, where `context` splits them and it can.
+
+        A causal mask gives every device the same work then. Logs which order it is, and why.
+        """
+        devices = self.mesh.shape["context"]
+        if devices == 1:
+            return self
+        if length % (2 * devices):
+            logger.info("rows of %d tokens lie contiguous: no multiple of 2 x context=%d", length, devices)
+            return self
+        logger.info("rows of %d tokens lie in zigzag order over context=%d", length, devices)
+        return replace(self, order="zigzag")
 
     def local_rows(self, rows: int) -> slice:
         """Which rows of a global batch this process provides, see `modicum.parallel.local_rows`."""
@@ -90,21 +112,23 @@ class Layout:
         """The smallest number of rows, from `rows` up, that divides over the mesh."""
         return fitting_rows(rows, self.mesh, self.rules)
 
-    def activations(self, x: jax.Array, length: str = "length") -> jax.Array:
+    def activations(self, x: jax.Array, spread: str | None = None) -> jax.Array:
         """`x [B, T, ...]`, in a traced function, held where the batch lies: a device computes its own rows.
 
         ZeRO may split a parameter over the axes that split the rows. At such a parameter's use the
         partitioner has to gather the one or move the other, and does not always choose well: one such
-        constraint, on the embedded tokens, decides it. `length` is the logical axis of T. Mesh axes that do
-        not divide B or T are left out; inside a `shard_map` so are those that it splits.
+        constraint, on the embedded tokens, decides it. `spread` is a logical axis over whose mesh axes T is
+        split as well (`heads`: sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198). Mesh axes
+        that do not divide B or T are left out; inside a `shard_map` so are those that it splits.
         """
         around = jax.sharding.get_abstract_mesh()
         manual = () if around.empty else around.manual_axes
         if self.mesh.size == 1 or len(manual) == len(self.mesh.axis_names):
             return x
         entries = []
-        for name, size in zip(("batch", length), x.shape):
-            axes = [a for a in split_axes(self.rules.mesh_axes(name), self.mesh, name) if a not in manual]
+        for names, size in zip((("batch",), ("length", *filter(None, [spread]))), x.shape):
+            over = [axis for name in names for axis in self.rules.mesh_axes(name)]
+            axes = [axis for axis in split_axes(over, self.mesh) if axis not in manual]
             while axes and size % ways(self.mesh, axes):
                 axes.pop()
             entries.append(tuple(axes))

@@ -86,9 +86,9 @@ class AxisRules:
 
 DEFAULT_RULES = AxisRules(
     {
-        "batch": ("data", "fsdp"),
+        "batch": ("pipe", "data", "fsdp", "expert"),
         "length": "context",
-        "layers": None,
+        "layers": "pipe",
         "width": None,
         "head_width": None,
         "embedding": None,
@@ -97,6 +97,7 @@ DEFAULT_RULES = AxisRules(
         "types": None,
         "labels": None,
         "buckets": None,
+        "choices": None,
         "vocab": "tensor",
         "heads": "tensor",
         "kv_heads": "tensor",
