@@ -15,7 +15,7 @@ from .zigzag import Order, zigzag_order
 
 
 def batch_sharding(mesh: Mesh, rank: int = 2, rules: AxisRules = DEFAULT_RULES) -> NamedSharding:
-    """Where a batch leaf [B], [B, T] or [B, T, ...] lies: rows over the axes of the rule `batch`, length over context."""
+    """Where a batch leaf [B], [B, T] or [B, T, ...] lies: rows and length over the axes of their rules."""
     logical = ("batch", "length")[:rank]
     return NamedSharding(
         mesh, make_spec([split_axes(rules.mesh_axes(name), mesh, "batch") for name in logical])
