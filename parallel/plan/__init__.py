@@ -11,6 +11,9 @@ It knows no model: it is given a table of layers (`layers.py`), which `modicum.r
     chain.py     the optimal order of recomputation on a chain (rotor)
     refusals.py  why nothing fits or divides
     search.py    mesh, ZeRO level, micro-batch around it; the smallest slice
+    target.py    devices to compile for that need not be there
+    hlo.py       the text of a compiled program, and how often its loops go round
+    walk.py      what such a program computes, moves and sends (products.py, traffic.py, groups.py)
 """
 
 from .chain import Chain
