@@ -11,9 +11,10 @@ from flax import struct
 
 from .. import InputError
 from .config import TransformerConfig
-from .heads import LanguageModelHead, word_scores, words_only
+from .heads import LanguageModelHead, word_scores
 from .products import dense_product
 from .relations import TreeRelations
+from .word_scores import words_only
 
 
 @struct.dataclass
@@ -35,12 +36,14 @@ class ExtendedHead(LanguageModelHead):
     `logit_scale` (OpenBMB/CPM-Bee, `EmbeddingExt.projection`).
     """
 
-    def build(self, config: TransformerConfig) -> nn.Module:
+    def build(self, config: TransformerConfig, deferred: bool = False) -> nn.Module:
         """The module; raises `InputError` for a model whose words are not turned, or that is not tied."""
         if not isinstance(config.positions, TreeRelations) or not config.tied or config.embedding_width:
             raise InputError(
                 "an extended head needs positions=TreeRelations, tied=True and embedding_width=0"
             )
+        if deferred:
+            raise InputError("an extended head has words of each batch; its logits cannot be deferred")
         return ExtendedHeadModule(config, config.positions, name="head")
 
 
@@ -59,9 +62,9 @@ class ExtendedHeadModule(nn.Module):
         extra: ExtraWords | None = None,
     ) -> jax.Array:
         config = self.config
-        logits = word_scores(self, config, hidden, table) * config.logit_scale
+        logits = word_scores(self, config, hidden, table).product() * config.logit_scale
         if extra is None:
-            return words_only(config, logits)
+            return words_only(logits, config.vocab)
         scale = config.embedding_scale or config.width**0.5
         vectors = self.positions.turn(jnp.take(table, extra.words, axis=0).astype(hidden.dtype), extra.sub)
         dimensions = ((hidden.ndim - 1,), (1,)), ((), ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import flax.linen as nn
@@ -11,11 +11,10 @@ import jax.numpy as jnp
 
 from .. import InputError
 from .config import TransformerConfig
-from .losses import MASKED_LOGIT
 from .mlp import activate, activation_function
 from .precision import promote_statistics
-from .products import dense_product
 from .tables import take_token
+from .word_scores import WordScores
 
 POOLINGS = ("last", "first", "mean")
 
@@ -24,9 +23,9 @@ POOLINGS = ("last", "first", "mean")
 class LanguageModelHead:
     """Logits `[B, T, V]` over the vocabulary, from the embedding table where the model is tied."""
 
-    def build(self, config: TransformerConfig) -> nn.Module:
-        """The module; untied, it has `head/kernel` `[D, V]`."""
-        return LanguageModelHeadModule(config, name="head")
+    def build(self, config: TransformerConfig, deferred: bool = False) -> nn.Module:
+        """The module; untied, it has `head/kernel` `[D, V]`; `deferred`, it returns `WordScores`."""
+        return LanguageModelHeadModule(config, deferred, name="head")
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,12 @@ class MaskedLanguageModelHead:
     def __post_init__(self) -> None:
         activation_function(self.activation)
 
-    def build(self, config: TransformerConfig) -> nn.Module:
-        """The module `head`, with children `transform` and `norm`, a `bias` `[V]` and, untied, `kernel`."""
-        return MaskedLanguageModelHeadModule(config, self, name="head")
+    def build(self, config: TransformerConfig, deferred: bool = False) -> nn.Module:
+        """The module `head`, with children `transform` and `norm`, a `bias` `[V]` and, untied, `kernel`.
+
+        `deferred`, it returns `WordScores`.
+        """
+        return MaskedLanguageModelHeadModule(config, self, deferred, name="head")
 
 
 @dataclass(frozen=True)
@@ -101,22 +103,42 @@ class ClassifierHead:
         return ClassifierModule(config, self, name="classifier")
 
 
-Head = LanguageModelHead | MaskedLanguageModelHead | Pooler | ClassifierHead
+@dataclass(frozen=True)
+class DeferredHead:
+    """`head` with its logits left as factors, `WordScores`: for a loss that never holds all of them.
+
+    Its parameters are those of `head`.
+    """
+
+    head: LanguageModelHead | MaskedLanguageModelHead
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.head, LanguageModelHead | MaskedLanguageModelHead):
+            raise InputError(f"{type(self.head).__name__} scores no words; only such a head can be deferred")
+
+    def build(self, config: TransformerConfig) -> nn.Module:
+        """The module of `head`, returning `WordScores`."""
+        return self.head.build(config, deferred=True)
+
+
+Head = LanguageModelHead | MaskedLanguageModelHead | DeferredHead | Pooler | ClassifierHead
 
 
 class LanguageModelHeadModule(nn.Module):
     """Scores every word; rows of the table that are no words get a logit that no softmax notices."""
 
     config: TransformerConfig
+    deferred: bool = False
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, segments: jax.Array | None, table: jax.Array) -> jax.Array:
+    def __call__(
+        self, hidden: jax.Array, segments: jax.Array | None, table: jax.Array
+    ) -> jax.Array | WordScores:
         config = self.config
         if config.embedding_width:
             hidden = config.linear(config.embedding_width, False, name="projection")(hidden)
-        logits = word_scores(self, config, hidden, table)
-        logits = logits * config.logit_scale if config.logit_scale != 1.0 else logits
-        return words_only(config, logits)
+        scores = replace(word_scores(self, config, hidden, table), scale=config.logit_scale)
+        return scores if self.deferred else scores.logits()
 
 
 class MaskedLanguageModelHeadModule(nn.Module):
@@ -124,37 +146,35 @@ class MaskedLanguageModelHeadModule(nn.Module):
 
     config: TransformerConfig
     choice: MaskedLanguageModelHead
+    deferred: bool = False
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, segments: jax.Array | None, table: jax.Array) -> jax.Array:
+    def __call__(
+        self, hidden: jax.Array, segments: jax.Array | None, table: jax.Array
+    ) -> jax.Array | WordScores:
         config = self.config
         hidden = activate(self.choice.activation, config.linear(config.width, True, name="transform")(hidden))
         hidden = config.norm.build(config.precision, "norm")(hidden)
         dtype = jnp.dtype(config.precision.param)
         bias = self.param("bias", nn.initializers.zeros, (config.padded_vocab,), dtype)
-        logits = word_scores(self, config, hidden, table)
-        return words_only(config, logits + bias.astype(logits.dtype))
+        scores = replace(word_scores(self, config, hidden, table), bias=bias)
+        return scores if self.deferred else scores.logits()
 
 
-def word_scores(head: nn.Module, config: TransformerConfig, hidden: jax.Array, table: jax.Array) -> jax.Array:
-    """Products `[B, T, V]` with the embedding table, or untied with the head's parameter `kernel` `[D, V]`.
+def word_scores(
+    head: nn.Module, config: TransformerConfig, hidden: jax.Array, table: jax.Array
+) -> WordScores:
+    """Scores by the embedding table, or untied by the head's parameter `kernel` `[D, V]`.
 
-    In the output's precision; the factors are in the arithmetic's.
+    Their logits are in the output's precision; the factors are in the arithmetic's.
     """
-    weights, axis = table, 1
+    weights = table
     if not config.tied:
         dtype, shape = jnp.dtype(config.precision.param), (hidden.shape[-1], config.padded_vocab)
-        weights, axis = head.param("kernel", nn.initializers.normal(config.initial_std), shape, dtype), 0
-    dimensions = ((hidden.ndim - 1,), (axis,)), ((), ())
-    output = jnp.dtype(config.precision.output)
-    return dense_product(hidden, weights.astype(hidden.dtype), dimensions, preferred_element_type=output)
-
-
-def words_only(config: TransformerConfig, logits: jax.Array) -> jax.Array:
-    """Logits with those of the table's rows beyond the vocabulary masked."""
-    if config.padded_vocab == config.vocab:
-        return logits
-    return jnp.where(jnp.arange(config.padded_vocab) < config.vocab, logits, MASKED_LOGIT)
+        weights = head.param("kernel", nn.initializers.normal(config.initial_std), shape, dtype)
+    return WordScores(
+        hidden, weights, across=not config.tied, vocab=config.vocab, output=config.precision.output
+    )
 
 
 class PoolerModule(nn.Module):

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from .precision import promote_statistics
+from .word_scores import MASKED_LOGIT
 
-# What the padded rows of a vocabulary score: no softmax notices them. Finite, so that their gradient is
-# zero and not NaN in any loss.
-MASKED_LOGIT = -1e9
+__all__ = ["MASKED_LOGIT", "cross_entropy", "weighted_correct", "weighted_cross_entropy"]
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -20,10 +19,13 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0)
 
     `smoothing` mixes the target with the uniform distribution (Szegedy et al., 2016) over the logits
     that are not masked.
+
+    Under a mesh that splits V nothing is gathered: maximum, sums and the target's logit are found in each
+    part and combined, `[...]` numbers at a time.
     """
     wide = promote_statistics(logits)
     normaliser = jax.nn.logsumexp(wide, axis=-1)
-    chosen = jnp.take_along_axis(wide, targets[..., None], axis=-1)[..., 0]
+    chosen = target_logit(wide, targets)[..., 0]
     loss = normaliser - chosen
     if smoothing:
         uniform = normaliser - wide.mean(-1, where=wide > MASKED_LOGIT / 2)
@@ -43,7 +45,16 @@ def weighted_cross_entropy(
 def weighted_correct(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     """Summed weight of the rows whose largest logit is the target's; of equal ones the first counts."""
     # What `logits.argmax(-1) == targets` says, but a comparison vectorises on CPUs, where argmax does not.
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    chosen = target_logit(logits, targets)
     after = jnp.arange(logits.shape[-1]) >= targets[..., None]
     best = ((logits < chosen) | ((logits == chosen) & after)).all(-1)
     return (best * weights).sum().astype(jnp.float32)
+
+
+def target_logit(logits: jax.Array, targets: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """The targets' logits `[..., 1]`, of `logits [..., V]` of words from number `first` on; 0 if not there.
+
+    By a comparison, not by an index: it is fused with what else is done to the logits, and split as they are.
+    """
+    hit = first + jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.where(hit, logits, 0).sum(-1, keepdims=True, dtype=logits.dtype)

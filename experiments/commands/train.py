@@ -61,6 +61,8 @@ class Train:
     """Compile one layer and scan it: for deep models."""
     remat: Literal["none", "full", "dots"] = "none"
     """What to recompute in the backward pass: nothing, all, or all but matrix products."""
+    loss_chunk: int | None = None
+    """Tokens whose logits a device holds at a time; 0: all of its tokens; None: as 256 MiB have room for."""
     learning_rate: float = 1e-3
     training: TrainingOptions = field(default_factory=TrainingOptions)
     placement: PlacementOptions = field(default_factory=PlacementOptions)
@@ -73,6 +75,7 @@ class Train:
         from .progress import say
 
         training = self.training.config(self.learning_rate, "loss")
+        training = replace(training, loss_chunk=self.loss_chunk)
         shape = self._shape()
         layout = self.placement.layout(training.batch)
         splits = self._splits()

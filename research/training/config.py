@@ -58,7 +58,9 @@ class TrainingConfig:
     exponential moving average of the trained parameters (0: none). Every `evaluate_every` and
     `checkpoint_every` steps (0: only at the end) the model is evaluated and stored; `keep` latest
     checkpoints stay, and the best by `best_metric` (smallest, or largest where it starts with `+`).
-    `patience` evaluations without a better `best_metric` stop the run (0: never).
+    `patience` evaluations without a better `best_metric` stop the run (0: never). `loss_chunk` counts the
+    tokens whose logits over the vocabulary a device holds at a time (0: all; None: all where they take at
+    most `models.word_losses.AUTOMATIC_BYTES`, else as many as do).
     """
 
     steps: int = 1000
@@ -74,6 +76,7 @@ class TrainingConfig:
     keep: int = 2
     best_metric: str = "loss"
     patience: int = 0
+    loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "keep"):
@@ -85,6 +88,8 @@ class TrainingConfig:
             raise InputError(f"seed={self.seed} must be at least 0 and below 2**32")
         if self.patience and not self.evaluate_every:
             raise InputError(f"patience={self.patience} needs evaluate_every of at least 1")
+        if self.loss_chunk is not None and self.loss_chunk < 0:
+            raise InputError(f"loss_chunk={self.loss_chunk} must be at least 0")
         if not 0.0 <= self.ema < 1.0:
             raise InputError(f"ema={self.ema} must be at least 0 and below 1")
 

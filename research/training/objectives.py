@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from ...models.losses import weighted_correct, weighted_cross_entropy
 from ...models.model import Model
+from ...models.word_losses import UNSPLIT, WordSplit, word_loss_sums
 
 Batch = Mapping[str, jax.Array]
 Tree = Any
@@ -48,8 +48,8 @@ class Forward(Protocol):
         rng: jax.Array | None,
         train: bool,
         **inputs: Any,
-    ) -> jax.Array:
-        """Outputs of the model."""
+    ) -> Any:
+        """Outputs of the model: logits, or of one that defers them `WordScores`."""
 
 
 class Loss(Protocol):
@@ -100,9 +100,15 @@ def penalised(loss: Loss, tuned: Any) -> Loss:
     return with_penalty
 
 
-def language_modelling(forward: Forward, smoothing: float = 0.0) -> Loss:
-    """Cross entropy of `targets [B, T]` weighted by `weights [B, T]`; reports `accuracy` by token."""
-    return _cross_entropy(forward, "targets", "weights", smoothing)
+def language_modelling(
+    forward: Forward, smoothing: float = 0.0, chunk: int | None = None, split: WordSplit = UNSPLIT
+) -> Loss:
+    """Cross entropy of `targets [B, T]` weighted by `weights [B, T]`; reports `accuracy` by token.
+
+    Of a model that defers its logits (`DeferredHead`) a device makes those of `chunk` tokens at a time, see
+    `models.word_losses`; `split` is how the mesh of the run splits rows and words.
+    """
+    return _cross_entropy(forward, "targets", "weights", smoothing, chunk, split)
 
 
 def classification(forward: Forward, smoothing: float = 0.0) -> Loss:
@@ -115,13 +121,21 @@ def inputs_of(batch: Batch) -> dict[str, jax.Array]:
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
-def _cross_entropy(forward: Forward, targets: str, weights: str, smoothing: float) -> Loss:
+def _cross_entropy(
+    forward: Forward,
+    targets: str,
+    weights: str,
+    smoothing: float,
+    chunk: int | None = None,
+    split: WordSplit = UNSPLIT,
+) -> Loss:
     def loss(trainable: Tree, frozen: Tree, batch: Batch, rng: jax.Array | None) -> LossSums:
-        logits = forward(
+        scores = forward(
             trainable, frozen, batch["tokens"], rng=rng, train=rng is not None, **inputs_of(batch)
         )
-        total, weight = weighted_cross_entropy(logits, batch[targets], batch[weights], smoothing)
-        correct = weighted_correct(logits, batch[targets], batch[weights])
-        return LossSums(total, weight, {"accuracy": correct})
+        sums = word_loss_sums(
+            scores, batch[targets], batch[weights], smoothing=smoothing, chunk=chunk, split=split
+        )
+        return LossSums(sums.total, sums.weight, {"accuracy": sums.correct})
 
     return loss

@@ -15,9 +15,12 @@ import jax.numpy as jnp
 
 from ... import InputError
 from ...models.costs import training_flops_per_token
+from ...models.extended import ExtendedHead
+from ...models.heads import DeferredHead, LanguageModelHead, MaskedLanguageModelHead
 from ...models.model import Params
 from ...models.precision import policy
 from ...models.transformer import Transformer
+from ...models.word_losses import WordSplit
 from ...parallel.layout import Layout
 from ..data.batches import Batches, Rows, evaluation_batches
 from ..delta.attach import Tuned
@@ -57,7 +60,7 @@ def language_model_job(
     def init(rng: jax.Array, start: Tree) -> Tree:
         return model.init(rng, example) if initial is None else start
 
-    loss = language_modelling(full_tuning(model))
+    loss = _language_modelling(model, config, layout)
     sums_of = make_evaluation(loss)
     return Job(
         loss=loss,
@@ -151,6 +154,20 @@ def evaluation_of(
         return evaluate(sums_of, trainable, frozen, batches)
 
     return means
+
+
+def _language_modelling(model: Transformer, config: TrainingConfig, layout: Layout) -> Loss:
+    """The loss of all parameters, in chunks where the head can leave its logits as factors."""
+    head = model.head
+    if isinstance(head, LanguageModelHead | MaskedLanguageModelHead) and not isinstance(head, ExtendedHead):
+        model = replace(model, head=DeferredHead(head))
+    elif config.loss_chunk:
+        raise InputError(
+            f"loss_chunk={config.loss_chunk} is for heads over the vocabulary alone, not for "
+            f"{type(head).__name__}; leave it out"
+        )
+    split = WordSplit(layout.mesh, layout.rules)
+    return language_modelling(full_tuning(model), chunk=config.loss_chunk, split=split)
 
 
 def _require_precision(model: Transformer, config: TrainingConfig) -> None:

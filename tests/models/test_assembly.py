@@ -24,7 +24,7 @@ from modicum.models import (
     multi_head,
     run_with_cache,
 )
-from modicum.models.heads import MASKED_LOGIT
+from modicum.models.word_scores import MASKED_LOGIT
 from modicum.research import delta
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "x64")

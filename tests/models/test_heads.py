@@ -17,9 +17,10 @@ from modicum.models import (
     TransformerConfig,
     multi_head,
 )
-from modicum.models.heads import MASKED_LOGIT, pool
+from modicum.models.heads import pool
 from modicum.models.losses import weighted_cross_entropy
 from modicum.models.residuals import PostNorm, PreNorm
+from modicum.models.word_scores import MASKED_LOGIT
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
