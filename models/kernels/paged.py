@@ -18,6 +18,7 @@ from .reference import Reference
 from .registry import pick
 from .request import Request
 from .terms import Terms
+from .tpu.decoding import Pages
 from .trees import AnyArray, structural
 
 
@@ -90,7 +91,7 @@ class Gathered:
         return Reference()(q, keys, values, dataclasses.replace(terms, mask=terms.mask & Lengths(lengths)))
 
 
-DECODERS: tuple[Decoder, ...] = (Gathered(),)
+DECODERS: tuple[Decoder, ...] = (Pages(), Gathered())
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,24 +11,27 @@ import sys
 import pytest
 
 from modicum.experiments.bench.attention_tpu import TOPOLOGIES
+from modicum.experiments.bench.decode_tpu import CASES
 
 pytestmark = pytest.mark.tpu_aot
 
 PROGRAM = """
 import json, sys
 from modicum.experiments.bench.attention_tpu import compile_named, missing
+from modicum.experiments.bench.decode_tpu import compile_pages
 reason = missing()
-chip, *names = sys.argv[1:]
-kernels = {} if reason else {name: compile_named(name, chip) for name in names}
+kind, chip, *names = sys.argv[1:]
+build = {"attention": compile_named, "pages": compile_pages}[kind]
+kernels = {} if reason else {name: build(name, chip) for name in names}
 print(json.dumps({"missing": reason, "kernels": kernels}))
 """
 
 
-def compiled(chip, *names):
+def compiled(chip, *names, kind="attention"):
     paths = [os.environ.get("MODICUM_LIBTPU"), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    given = [sys.executable, "-c", PROGRAM, chip, *names]
+    given = [sys.executable, "-c", PROGRAM, kind, chip, *names]
     result = subprocess.run(given, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads(result.stdout.splitlines()[-1])
@@ -52,3 +55,9 @@ def test_every_kind_of_term_compiles():
     for name, calls in found.items():
         has_bias = "bias" in name or name in ("bucketed", "alibi")
         assert len(calls) == 3 + has_bias and ("attention_bias_gradient" in calls) == has_bias
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_pages_are_read_where_they_lie(chip):
+    for found in compiled(chip, *CASES, kind="pages").values():
+        assert found == {"kernels": ["attention_pages"], "copies": []}
