@@ -79,6 +79,7 @@ def verbs() -> dict[str, Callable[..., Verb]]:
     from .plan import Plan
     from .quickstart import Quickstart
     from .report import Report
+    from .sparsity import Sparsity
     from .study import Study
     from .train import Train
     from .tune import Tune
@@ -89,6 +90,7 @@ def verbs() -> dict[str, Callable[..., Verb]]:
         "tune": Tune,
         "evaluate": Evaluate,
         "generate": Generate,
+        "sparsity": Sparsity,
         "study": Study,
         "report": Report,
         "bench": Bench,

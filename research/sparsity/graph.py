@@ -99,8 +99,7 @@ def _by_metis(weights: np.ndarray, parts: int) -> np.ndarray:
     starts = np.concatenate([[0], np.cumsum([len(each) for each in near])])
     _, found = pymetis.part_graph(
         parts,
-        xadj=starts.tolist(),
-        adjncy=np.concatenate(near).tolist(),
+        adjacency=pymetis.CSRAdjacency(starts.tolist(), np.concatenate(near).tolist()),
         eweights=np.concatenate([row[each] for row, each in zip(whole, near)]).tolist(),
     )
     return _evened(weights, np.asarray(found), parts)

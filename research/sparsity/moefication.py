@@ -15,6 +15,7 @@ import numpy as np
 
 from ... import InputError
 from ...models.config import FeedForward, TransformerConfig
+from ...models.kernels.sparse import Experts
 from ...models.mlp import MLP, GatedMLP
 from ...models.model import Params
 from ...models.moefied import MoefiedMLP
@@ -100,9 +101,14 @@ def convert_layer(
     groups = wanted.partition.groups(dense, seen, count, wanted.seed)
     experts = regrouped(dense, groups)
     router = fit_selection(wanted.selection, experts, centres(dense, groups), seen, wanted.fitting)
-    arrays = {name: leaf for name, leaf in vars(experts).items() if isinstance(leaf, jax.Array)}
-    found = {"experts": arrays, **({"selection": router} if router else {})}
+    found = layer_parameters(experts, router)
     return found, captured(wanted.selection, router, experts, unseen, wanted.chosen(count))
+
+
+def layer_parameters(experts: Experts, router: Params) -> Params:
+    """The parameters of the module `mlp` of a `MoefiedMLP`."""
+    arrays = {name: leaf for name, leaf in vars(experts).items() if isinstance(leaf, jax.Array)}
+    return {"experts": arrays, **({"selection": router} if router else {})}
 
 
 def moefied_config(config: TransformerConfig, wanted: Moefication) -> TransformerConfig:

@@ -1,0 +1,197 @@
+"""`modicum sparsity MODEL --data DATA`: which neurons fire, and the model with only some of them computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from ... import InputError
+from .options import UNLIMITED_LENGTH
+
+if TYPE_CHECKING:
+    from ...research.sparsity.moefication import Moefication
+    from .language_models import LanguageModel
+
+ROWS = 32  # that are read at once
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Measure which feed-forward neurons fire; with --moefy also make a model that computes a share of them.
+
+    MODEL is a published checkpoint (its folder or its name on the Hugging Face hub) or what `modicum train`
+    left. What --moefy writes to OUT/model is a model folder that `modicum generate` and `modicum evaluate`
+    take. Of a published encoder-decoder the encoder is measured.
+    """
+
+    model: tyro.conf.Positional[str]
+    data: str
+    """A file, a folder with splits, or a hub name."""
+    out: Path | None = None
+    """Folder for tables, report.html and the converted model."""
+    split: Literal["train", "dev", "test"] = "train"
+    text_column: str = "text"
+    rows: int = 256
+    """Rows of text that are read, evenly spread over the data."""
+    length: int = 0
+    """Tokens of a row; 0: as many as the model has positions, 128 where these have no limit."""
+    threshold: float = 0.0
+    """An activation above this counts as active."""
+    moefy: str = ""
+    """The share of the neurons that each token shall use, such as 20%."""
+    neurons: int = 32
+    """Neurons of an expert."""
+    partition: Literal["clusters", "co-activation", "contiguous", "random"] = "clusters"
+    """How neurons are grouped: by their input weights, by which fire together, in blocks, by chance."""
+    router: Literal["mlp", "low-rank", "centres", "similarity", "oracle"] = "mlp"
+    """What chooses experts: a trained network, a narrow one, distance or angle to the experts' centres, or
+    the neurons themselves (which saves nothing)."""
+    rank: int = 16
+    """Of the low-rank router."""
+    tokens: int = 8192
+    """Tokens from which experts and router are made; a tenth of them only measures."""
+    seed: int = 0
+    ignore: tuple[str, ...] = ()
+    """Keys of a published config.json to pass over although nobody here knows them."""
+
+    def run(self) -> int:
+        """Print the tables, and write what was asked for."""
+        from ...research.sparsity.mass import measure_mass
+        from ...research.sparsity.statistics import measure
+        from ..sparsity_report import write_measured
+        from .compilation import cache_compilations
+
+        wanted = self._wanted()
+        cache_compilations()
+        speaker = self._open()
+        batches = self._batches(speaker)
+        found = measure(speaker.model, speaker.params, batches, threshold=self.threshold)
+        mass = measure_mass(speaker.model, speaker.params, batches)
+        if wanted is None:
+            print(write_measured(self.out, self.model, found, mass, None))
+            return 0
+        moefied = self._convert(speaker, batches, wanted)
+        print(write_measured(self.out, self.model, found, mass, moefied))
+        print(f"the converted model is in {self._out() / 'model'}")
+        return 0
+
+    def _wanted(self) -> Moefication | None:
+        if not self.moefy:
+            return None
+        from ...research.sparsity.moefication import Moefication
+        from ...research.sparsity.routing import Fitting
+
+        self._out()
+        fitting = Fitting(seed=self.seed)
+        return Moefication(
+            share_of(self.moefy),
+            self.neurons,
+            self._partition(),
+            self._selection(),
+            self.tokens,
+            fitting,
+            self.seed,
+        )
+
+    def _out(self) -> Path:
+        if self.out is None:
+            raise InputError("--moefy writes a model: give --out FOLDER")
+        return self.out
+
+    def _partition(self) -> Any:
+        from ...research.sparsity import partitions
+
+        return {
+            "clusters": partitions.Clusters(),
+            "co-activation": partitions.CoActivation(),
+            "contiguous": partitions.Contiguous(),
+            "random": partitions.Shuffled(),
+        }[self.partition]
+
+    def _selection(self) -> Any:
+        from ...models import selection
+
+        return {
+            "mlp": selection.MLPSelection(),
+            "low-rank": selection.LowRankSelection(self.rank),
+            "centres": selection.CentreSelection("distance"),
+            "similarity": selection.CentreSelection("cosine"),
+            "oracle": selection.OracleSelection(),
+        }[self.router]
+
+    def _open(self) -> LanguageModel:
+        """The model with whatever head it has; a published encoder-decoder's encoder."""
+        from ...models.heads import LanguageModelHead
+        from ...models.pretrained import load_pretrained
+        from .language_models import is_own, open_body, open_language_model, open_own, require_plain_prompts
+
+        if is_own(self.model):
+            opened = open_own(self.model)
+            if opened.model.config.kind == "encoder-decoder":
+                raise InputError(f"{self.model} is an encoder-decoder, whose targets are not in texts alone")
+            return opened
+        published = load_pretrained(self.model, ignore=self.ignore)
+        require_plain_prompts(self.model, published)
+        whole = published.model.config.kind == "decoder" and isinstance(
+            published.model.head, LanguageModelHead
+        )
+        if whole:
+            return open_language_model(self.model, "float32", self.ignore)
+        return replace(open_body(self.model, self.ignore), stops=())
+
+    def _batches(self, speaker: LanguageModel) -> list[dict[str, Any]]:
+        """Texts in rows of at most `length` tokens; a decoder's texts go on over several rows."""
+        import numpy as np
+
+        from ...research.data.sources import load_source
+
+        config = speaker.model.config
+        config.positions.require(self.length)
+        length = self.length or config.positions.limit or UNLIMITED_LENGTH
+        if self.rows < 1:
+            raise InputError(f"rows={self.rows} must be at least 1")
+        texts = list(load_source(self.data, self.split, self.text_column).texts())
+        limit = None if config.kind == "decoder" else length
+        ids = [row for row in speaker.tokenizer.encode_all(texts, limit, True) if row]
+        cut = [row[start : start + length] for row in ids for start in range(0, len(row), length)]
+        if not cut:
+            raise InputError(f"{self.data}: no text has a token of this model's vocabulary")
+        cut = cut[:: max(1, len(cut) // self.rows)][: self.rows]
+        tokens = np.full((-(-len(cut) // ROWS) * ROWS, length), speaker.tokenizer.pad, np.int32)
+        segments = np.zeros_like(tokens)
+        for number, row in enumerate(cut):
+            tokens[number, : len(row)], segments[number, : len(row)] = row, 1
+        return [
+            {"tokens": tokens[first : first + ROWS], "segments": segments[first : first + ROWS]}
+            for first in range(0, len(tokens), ROWS)
+        ]
+
+    def _convert(self, speaker: LanguageModel, batches: list[dict[str, Any]], wanted: Moefication) -> Any:
+        from ...research.sparsity.moefication import moefy
+        from ...research.training.model_folder import find_model, load_model, save_model
+        from .language_models import is_own
+
+        made = moefy(speaker.model, speaker.params, batches, wanted)
+        labels, notes = (), dict[str, Any]()
+        if is_own(self.model):
+            trained = load_model(find_model(Path(self.model)))
+            labels, notes = trained.labels, dict(trained.notes)
+        notes |= {"moefied": self.model, "stops": list(speaker.stops), "start": speaker.start}
+        save_model(
+            self._out() / "model", made.model, made.params, tokenizer=speaker.kept, labels=labels, notes=notes
+        )
+        return made
+
+
+def share_of(text: str) -> float:
+    """`20%` or `0.2` as 0.2; raises `InputError` for what is not above 0 and at most 100%."""
+    try:
+        number = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+    except ValueError:
+        raise InputError(f"--moefy {text!r} is no share of the neurons; 20% is valid") from None
+    if not 0.0 < number <= 1.0:
+        raise InputError(f"--moefy {text} is no share of the neurons; above 0 and at most 100% is valid")
+    return number

@@ -1,0 +1,106 @@
+"""`modicum sparsity` on a tiny decoder: its tables, the converted model, and what that generates."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modicum.experiments.commands.sparsity import share_of
+from modicum.models import MLP, Learned, Transformer, TransformerConfig, multi_head
+from modicum.research.data.tokenizers import train_tokenizer
+from modicum.research.sparsity import load_statistics
+from modicum.research.training.model_folder import load_model, save_model
+
+TEXTS = ["the film was good and warm", "a dull story of the cold", "it was a lovely film"]
+SMALL = ("--length", 8, "--rows", 12, "--neurons", 8, "--tokens", 60)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A decoder with random weights, its tokenizer, and texts in a file beside it."""
+    folder = tmp_path_factory.mktemp("sparsity")
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 4))
+    tokenizer = train_tokenizer(TEXTS * 4, 300)
+    config = TransformerConfig(
+        layers=2,
+        width=16,
+        vocab=tokenizer.vocab,
+        attention=multi_head(2),
+        mlp=MLP(32, "relu"),
+        positions=Learned(32),
+        initial_std=0.5,
+    )
+    body = Transformer(config)
+    save_model(
+        folder / "model", body, body.init(jax.random.key(0), jnp.zeros((1, 2), int)), tokenizer=tokenizer
+    )
+    return folder
+
+
+def test_neurons_are_measured_and_nothing_is_written_unasked(modicum, model):
+    before = sorted(model.rglob("*"))
+    said = modicum("sparsity", model / "model", "--data", model / "texts.jsonl", *SMALL)
+    assert said.code == 0, said.error
+    assert (
+        "layers_1/mlp/act" in said.out
+        and "mass in top 10%" in said.out
+        and "of the neurons are active" in said.out
+    )
+    assert sorted(model.rglob("*")) == before
+
+
+def test_a_converted_model_is_measured_and_generates(modicum, model, tmp_path):
+    out = tmp_path / "out"
+    said = modicum(
+        *("sparsity", model / "model", "--data", model / "texts.jsonl", *SMALL),
+        *("--moefy", "50%", "--router", "centres", "--out", out),
+    )
+    assert said.code == 0, said.error
+    assert "2 of 4 experts of 8 neurons: 50.0% of the feed-forward products" in said.out
+    assert {each.name for each in (out / "tables").glob("*.csv")} == {
+        "activation.csv",
+        "mass.csv",
+        "moefied.csv",
+    }
+    assert "Captured mass" in (out / "report.html").read_text()
+    assert len(load_statistics(out / "activations.safetensors").layers) == 2
+    made = load_model(out / "model")
+    assert (made.model.config.mlp.chosen, made.model.config.mlp.experts) == (2, 4)
+    dense = load_model(model / "model")
+    own = np.sort(np.asarray(dense.params["layers_0"]["mlp"]["up"]["kernel"]).T.ravel())
+    np.testing.assert_array_equal(np.sort(made.params["layers_0"]["mlp"]["experts"]["up"].ravel()), own)
+    said = modicum("generate", out / "model", "--prompt", TEXTS[0], "--max-new-tokens", 3)
+    assert said.code == 0 and said.out.startswith(TEXTS[0]), said.error
+    again = modicum("sparsity", out / "model", "--data", model / "texts.jsonl", *SMALL)
+    assert again.code == 2 and "mlp/act" in again.error
+
+
+def test_all_experts_generate_what_the_dense_model_does(modicum, model, tmp_path):
+    said = modicum(
+        *("sparsity", model / "model", "--data", model / "texts.jsonl", *SMALL, "--partition", "random"),
+        *("--moefy", "100%", "--router", "similarity", "--out", tmp_path / "out"),
+    )
+    assert said.code == 0, said.error
+    new = ("--prompt", TEXTS[1], "--max-new-tokens", 4)
+    assert modicum("generate", tmp_path / "out" / "model", *new) == modicum("generate", model / "model", *new)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--moefy", "20%"), "--moefy writes a model: give --out FOLDER"),
+        (("--moefy", "twenty", "--out", "x"), "'twenty' is no share"),
+        (("--moefy", "50%", "--neurons", 5, "--out", "x"), "32 neurons do not divide into experts of 5"),
+        (("--rows", 0), "rows=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(modicum, model, arguments, message):
+    given = ("sparsity", model / "model", "--data", model / "texts.jsonl", "--length", 8, *arguments)
+    said = modicum(*given)
+    assert said.code == 2 and message in said.error and said.error.count("\n") == 1
+
+
+def test_shares_are_percentages_or_fractions():
+    assert share_of("20%") == pytest.approx(0.2) and share_of("0.2") == 0.2
