@@ -13,16 +13,22 @@ from .interventions import ablate_each, fixed, for_each, intervene, noised, stac
 from .layers import Layers
 from .lens import attention_maps, logit_lens
 from .patching import activation_gradients, attribute, patch_each
+from .perturbation import Interval, Perturbed, bootstrap
 from .predictivity import Accuracy, Predictivity, Subtask, Top, one_against_rest
-from .reading import Positions, TokenMax, TokenMean, activations
+from .pruning import neuron_site, prune
+from .reading import Positions, Spread, TokenMax, TokenMean, activations
 from .selection import in_layers, over_trials, random_like, select
+from .transfer import fit_probe
 
 __all__ = [
     "Accuracy",
     "Correlation",
+    "Interval",
     "Layers",
+    "Perturbed",
     "Positions",
     "Predictivity",
+    "Spread",
     "Subtask",
     "TokenMax",
     "TokenMean",
@@ -32,15 +38,19 @@ __all__ = [
     "activations",
     "attention_maps",
     "attribute",
+    "bootstrap",
+    "fit_probe",
     "fixed",
     "for_each",
     "in_layers",
     "intervene",
     "logit_lens",
+    "neuron_site",
     "noised",
     "one_against_rest",
     "over_trials",
     "patch_each",
+    "prune",
     "random_like",
     "select",
     "stacked",

@@ -6,13 +6,15 @@ Neurons", 2022), or the mean or the maximum over its tokens (Zhang et al., "Emer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ... import InputError
 from ...models.hooks import run_with_cache
@@ -66,6 +68,36 @@ class TokenMax:
 
 
 Read = Positions | TokenMean | TokenMax
+
+
+class Spread:
+    """Means and standard deviations `[L, P, F]` over examples of what a reader reads, compiled once."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._moments = jax.jit(partial(_moments, reader))
+
+    def __call__(self, arrays: Any, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:
+        """Both over all examples of weight above 0; batches' moments are merged (Chan et al., 1979)."""
+        weight, mean, square = 0.0, np.zeros(()), np.zeros(())
+        for batch in batches:
+            parts = jax.device_get(self._moments(arrays, dict(batch)))
+            count, found, own = (np.asarray(part, np.float64) for part in parts)
+            total = weight + float(count)
+            if total:
+                share, step = float(count) / total, found - mean
+                square = square + own + weight * share * step**2
+                mean, weight = mean + share * step, total
+        if not weight:
+            raise InputError("no examples to read neurons on")
+        return mean.astype(np.float32), np.sqrt(square / weight).astype(np.float32)
+
+
+def _moments(reader: Reader, arrays: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weight, weighted means and sums of centred squares of a batch."""
+    found = reader(arrays, batch)
+    weight = jnp.asarray(batch.get("weight", jnp.ones(len(found))), jnp.float32)
+    mean = jnp.einsum("b,blpf->lpf", weight / jnp.maximum(weight.sum(), 1), found)
+    return weight.sum(), mean, jnp.einsum("b,blpf->lpf", weight, (found - mean) ** 2)
 
 
 def activations(

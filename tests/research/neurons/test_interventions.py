@@ -190,9 +190,8 @@ def test_the_lens_of_a_layer_is_a_model_that_ends_there(params):
         np.testing.assert_allclose(found[layers - 1], ended, atol=1e-4)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_attention_maps_make_the_layers_output(scan, caplog):
-    config = replace(CONFIG, scan=scan, attention=GroupedQuery(4, 2, window=3, soft_cap=5.0))
+def test_attention_maps_make_the_layers_output(caplog):
+    config = replace(CONFIG, scan=True, attention=GroupedQuery(4, 2, window=3, soft_cap=5.0))
     model = Transformer(config)
     numbers = np.random.default_rng(1)
     shapes = jax.eval_shape(model.init, jax.random.key(0), CLEAN)
@@ -206,10 +205,8 @@ def test_attention_maps_make_the_layers_output(scan, caplog):
         logits, maps, seen = jax.jit(run)(params)
     assert "attention weights by the reference" in caplog.text
     np.testing.assert_allclose(logits, jax.jit(model.apply)(params, CLEAN), atol=1e-5)
-    path = "layers/attention" if scan else "layers_1/attention"
-    weights, value, heads = (
-        tree[1] if scan else tree for tree in (maps[path], seen[f"{path}/value"], seen[f"{path}/heads"])
-    )
+    path = "layers/attention"
+    weights, value, heads = (tree[1] for tree in (maps[path], seen[f"{path}/value"], seen[f"{path}/heads"]))
     assert weights.shape == (2, 4, 4, 4)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
     assert not np.triu(weights, 1).any() and not weights[:, :, 3, 0].any()  # causal, and a window of three

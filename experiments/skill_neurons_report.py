@@ -1,0 +1,280 @@
+"""The tables and figures of the study of skill neurons, and what they say of the claims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from ..research.neurons import bootstrap, over_trials
+from ..research.neurons.figures import curves, heat_maps, label_histograms
+from ..research.neurons.perturbation import Interval
+from ..research.neurons.relations import OVERLAPS, agreement, matrix, same_kind, spearman
+from ..research.study.runs import write_atomically
+from ..research.study.tables import Cell, Measured, Table
+
+Found = Mapping[str, Any]
+
+
+def write_report(folder: Path, found: Found, kinds: Mapping[str, str], page: Path | None) -> str:
+    """Write tables and figures under `folder`, and all of it into `page`; return the text."""
+    figures = folder / "figures" if page is None else page.with_suffix("")
+    names = list(dict.fromkeys(name for name, _ in found["trial"]))
+    seeds = sorted({seed for _, seed in found["trial"]})
+    measured = sorted({seed for _, seed in found["effects"]})
+    similar, verdicts = relations(found, names, seeds, measured, [kinds[name] for name in names], figures)
+    parts = []
+    for title, table in (
+        ("Single neurons beside the prompt", accuracy_table(found, names, seeds)),
+        ("Perturbed", perturbation_table(found, names, measured)),
+        ("Only the skill neurons left", kept_table(found, names, measured)),
+        ("Speed", speed_table(found["speed"])),
+        ("Transfer of prompts", transfer_table(found, names, measured)),
+        ("What tasks have in common", similar),
+    ):
+        table.write(folder / "tables", title.lower().replace(" ", "-"))
+        parts.append(f"## {title}\n\n{table.caption}\n\n{table.markdown()}")
+    perturbation_figure(found, names, measured, figures / "perturbation.png")
+    neuron_figure(found["values"], figures / "neuron.png")
+    shown = [f"![{path.stem}]({figures.name}/{path.name})" for path in sorted(figures.glob("*.png"))]
+    text = "\n".join([*parts, "".join(f"* {line}\n" for line in verdicts), *(f"{line}\n" for line in shown)])
+    if page is not None:
+        write_atomically(page, text)
+    return text
+
+
+def accuracy_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> Table:
+    """A row a task: the tuned prompt, and the neuron that is best on dev, measured on test, with controls."""
+    keys = ("accuracy", "balanced", "top_test", "untrained_top_test", "shuffled_top_test")
+    rows: list[tuple[Cell, ...]] = []
+    for name in names:
+        runs = [found["trial"][name, seed] for seed in seeds]
+        measured = (Measured.of([100 * run[key] for run in runs]) for key in keys)
+        layers = ", ".join(str(run["top"][0][0]) for run in runs)
+        rows.append((name, round(100 * runs[0]["majority"], 1), *measured, layers))
+    columns = (
+        "task", "majority", "prompt", "prompt, balanced", "top neuron", "untrained prompt", "shuffled labels",
+        "its layer",
+    )  # fmt: skip
+    caption = (
+        f"Test accuracy %, mean ± s.d. of {len(seeds)} seeds. Neurons' accuracies are balanced (both labels "
+        f"count alike), of the one neuron that was best on dev; 'untrained prompt': the same before "
+        f"training; 'shuffled labels': chosen by shuffled labels of dev."
+    )
+    return Table(columns, tuple(rows), caption)
+
+
+def correctness(found: Found, name: str, seed: int, label: str) -> np.ndarray:
+    """1 for the test examples that were right under an intervention, `[N]`."""
+    result = found["effects"][name, seed]
+    right = np.zeros(result["rows"])
+    right[result["correct"][label]] = 1
+    return right
+
+
+def gap(found: Found, name: str, seeds: Sequence[int], what: str) -> tuple[float, float, Interval]:
+    """Accuracies % with skill and with random neurons changed, and random's advantage with its interval.
+
+    An example's difference is its mean over seeds and draws; examples are resampled.
+    """
+    skill, control = [], []
+    for seed in seeds:
+        labels = found["effects"][name, seed]["correct"]
+        others = [label for label in labels if label.startswith(f"{what}/random")]
+        skill.append(correctness(found, name, seed, f"{what}/skill"))
+        control.append(np.mean([correctness(found, name, seed, label) for label in others], 0))
+    one, other = 100 * np.mean(skill, 0), 100 * np.mean(control, 0)
+    return float(one.mean()), float(other.mean()), bootstrap(other - one)
+
+
+def changes(found: Found, kinds: Sequence[str]) -> list[str]:
+    """The interventions of these kinds, such as `noise/0.1`, in order."""
+    first = next(iter(found["effects"].values()))["correct"]
+    return list(dict.fromkeys(label.rpartition("/")[0] for label in first if label.split("/")[0] in kinds))
+
+
+def perturbation_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> Table:
+    """A row a task and change: accuracy with skill neurons changed, with random ones, the gap."""
+    rows: list[tuple[Cell, ...]] = []
+    for name in names:
+        for what in changes(found, ("noise", "mean")):
+            skill, control, interval = gap(found, name, seeds, what)
+            kind, fraction = what.split("/")
+            rows.append(
+                (name, kind, f"{float(fraction):.0%}", round(skill, 1), round(control, 1), str(interval))
+            )
+    caption = (
+        "Test accuracy % with a share of every layer's neurons changed: noise of the layer's root mean "
+        "square activation added, or each held at its mean. Gap: random less skill, in points, with its 95% "
+        "interval over test examples (2,000 resamples)."
+    )
+    return Table(("task", "change", "neurons", "skill", "random", "gap"), tuple(rows), caption)
+
+
+def kept_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> Table:
+    """A row a task: accuracy with only the skill neurons, or as many random ones, left in the upper half."""
+    rows: list[tuple[Cell, ...]] = []
+    for name in names:
+        whole = 100 * fmean(found["trial"][name, seed]["accuracy"] for seed in seeds)
+        for what in changes(found, ("kept",)):
+            skill, control, interval = gap(found, name, seeds, what)
+            advantage = Interval(-interval.mean, -interval.high, -interval.low)
+            share = f"{float(what.split('/')[1]):.0%}"
+            rows.append((name, round(whole, 1), share, round(skill, 1), round(control, 1), str(advantage)))
+    caption = (
+        "Test accuracy % where in the upper half of the layers only this share of the neurons is left and "
+        "the others are held at their means; the prompt is not tuned again. Advantage: skill less random."
+    )
+    return Table(("task", "whole", "left", "skill", "random", "advantage"), tuple(rows), caption)
+
+
+def speed_table(speed: Mapping[str, Any]) -> Table:
+    """A row a model: parameters left, time of a forward pass."""
+    rows = [
+        ("whole" if label == "whole" else f"{float(label):.0%} left", round(100 * speed["share"][label], 1),
+         round(found, 1), round(speed["ratio"][label], 2))
+        for label, found in speed["milliseconds"].items()
+    ]  # fmt: skip
+    caption = (
+        "Forward pass of 32 texts with the prompt; the upper half's layers are pruned, embeddings count as "
+        "parameters. Models take turns; times faster is the median of paired ratios."
+    )
+    return Table(("model", "parameters %", "ms", "times faster"), tuple(rows), caption)
+
+
+def transfer_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> Table:
+    """A row a target task, a column a source whose prompt stands in front."""
+    sources = [*names, "untrained"]
+    rows = tuple(
+        (
+            name,
+            *(Measured.of([100 * found["transfer"][name, seed][each] for seed in seeds]) for each in sources),
+        )
+        for name in names
+    )
+    caption = (
+        "Test accuracy % of a linear probe on the row's task, from mean hidden states behind the column's "
+        "prompt."
+    )
+    return Table(("task", *sources), rows, caption)
+
+
+def relations(
+    found: Found,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    measured: Sequence[int],
+    kinds: Sequence[str],
+    figures: Path,
+) -> tuple[Table, list[str]]:
+    """A row a measure of similarity: within and between kinds, and whether it says whose prompt serves."""
+    transfer = np.array(
+        [
+            [fmean(found["transfer"][target, seed][source] for seed in measured) for source in names]
+            for target in names
+        ]
+    )
+    relative = transfer / np.diag(transfer)[:, None]
+    maps = similarities(found, names, seeds)
+    rows: list[tuple[Cell, ...]] = []
+    for title, similarity in maps.items():
+        contrast, told = same_kind(similarity, kinds), agreement(similarity, relative)
+        rows.append(
+            (title, round(contrast.same, 3), round(contrast.different, 3), round(contrast.p, 3),
+             round(told.correlation, 2), round(told.p, 3))
+        )  # fmt: skip
+    heat_maps(figures / "similarity.png", dict(list(maps.items())[:2]), names, names)
+    heat_maps(figures / "overlap.png", dict(list(maps.items())[2:]), names, names)
+    heat_maps(
+        figures / "transfer.png", {"probe accuracy relative to the task's own prompt": relative}, names, names
+    )
+    layers = found["trial"][names[0], seeds[0]]["by_layer"]
+    best = np.array([np.mean([found["trial"][n, s]["by_layer"] for s in seeds], 0) for n in names])
+    heat_maps(
+        figures / "layers.png",
+        {"best predictivity on dev": best},
+        names,
+        [f"layer {i}" for i in range(len(layers))],
+    )
+    columns = ("similarity", "same kind", "different kind", "p", "with transfer", "p of that")
+    caption = (
+        "Mean similarity of tasks of one kind and of different kinds, p by permuting tasks (one-sided); "
+        "Spearman correlation with transfer relative to the task's own prompt, p by Mantel's test. Kinds: "
+        f"{', '.join(f'{name} {kind}' for name, kind in zip(names, kinds))}."
+    )
+    return Table(columns, tuple(rows), caption), _verdicts(found, names, seeds, measured, rows[0])
+
+
+def similarities(found: Found, names: Sequence[str], seeds: Sequence[int]) -> dict[str, np.ndarray]:
+    """Matrices `[N, N]` by measure, in the mean over layers; of trained and of untrained prompts."""
+
+    def joined(key: str) -> dict[str, np.ndarray]:
+        return {n: over_trials([found["arrays"][n, seed][key] for seed in seeds]).mean(0) for n in names}
+
+    def states(name: str, seed: int) -> np.ndarray:
+        return found["arrays"][name, seed]["states"]
+
+    maps = {
+        "Spearman of predictivity": matrix(joined("predictivity"), spearman),
+        "the same, untrained prompt": matrix(joined("untrained"), spearman),
+    }
+    for title, measure in OVERLAPS.items():
+        each = [matrix({name: states(name, seed) for name in names}, measure) for seed in seeds]
+        maps[f"activated: {title}"] = np.mean(each, 0)
+    return maps
+
+
+def perturbation_figure(found: Found, names: Sequence[str], seeds: Sequence[int], path: Path) -> None:
+    """Accuracy against the share of neurons with noise: skill beside random, mean over tasks."""
+    fractions = [what.split("/")[1] for what in changes(found, ("noise",))]
+    lines: dict[str, list[list[float]]] = {"skill neurons": [], "random neurons": []}
+    for seed in seeds:
+        pairs = [
+            [gap(found, name, [seed], f"noise/{fraction}")[:2] for name in names] for fraction in fractions
+        ]
+        for number, title in enumerate(lines):
+            lines[title].append([fmean(pair[number] for pair in at) for at in pairs])
+    whole = 100 * fmean(run["accuracy"] for run in found["trial"].values())
+    axes = ("share of each layer's neurons with noise, %", "test accuracy, %, mean over tasks")
+    shares = [100 * float(each) for each in fractions]
+    curves(path, "Noise in skill neurons and in random ones", shares, lines, axes, {"no noise": whole})
+
+
+def neuron_figure(values: Mapping[str, Any], path: Path) -> None:
+    """The talk's figure: one neuron's activations for the test texts of each label."""
+    layer, position, neuron, *_ = values["top"]
+    by_label = {f"label {label}": np.asarray(each) for label, each in values["values"].items()}
+    title = f"{values['task']}: layer {layer}, neuron {neuron}, at the prompt's place {position}"
+    label_histograms(path, title, by_label, values["threshold"])
+
+
+def _verdicts(
+    found: Found,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    measured: Sequence[int],
+    spearman_row: tuple[Cell, ...],
+) -> list[str]:
+    trials = found["trial"]
+    lines = []
+    for name in names:
+        top, tuned, low = (
+            100 * fmean(trials[name, seed][key] for seed in seeds)
+            for key in ("top_test", "balanced", "shuffled_top_test")
+        )
+        lines.append(
+            f"{name}: the best neuron reaches {top:.1f}%, the tuned prompt {tuned:.1f}% (balanced), "
+            f"a neuron chosen by shuffled labels {low:.1f}%."
+        )
+    what = changes(found, ("noise",))[-1]
+    hurt = [name for name in names if gap(found, name, measured, what)[2].low > 0]
+    lines.append(
+        f"Noise in {float(what.split('/')[1]):.0%} of the neurons costs more where they are skill neurons on "
+        f"{len(hurt)} of {len(names)} tasks with a 95% interval above 0 ({', '.join(hurt) or 'none'})."
+    )
+    _, same, different, p, *_ = spearman_row
+    lines.append(f"Predictivities correlate by {same} within kinds and {different} between them (p = {p}).")
+    return lines

@@ -1,0 +1,131 @@
+"""The study of skill neurons, whole, on a tiny encoder and made-up data; its tables and its words."""
+
+import json
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modicum.experiments.delta_methods import Backbone
+from modicum.experiments.delta_tasks import Task
+from modicum.experiments.skill_neurons import SIZES, Study, balanced_accuracy
+from modicum.experiments.skill_neurons_report import (
+    accuracy_table,
+    gap,
+    perturbation_table,
+    similarities,
+    write_report,
+)
+from modicum.models import Transformer, TransformerConfig
+from modicum.models.attention import GroupedQuery
+from modicum.models.norms import LayerNorm
+from modicum.models.positions import Learned
+
+WORDS = 30
+MINE = {
+    "one": Task("one", 8),
+    "two": Task("two", 8),
+    "three": Task("three", 8),
+}
+KINDS = {"one": "a", "two": "a", "three": "b"}
+
+
+@dataclass(frozen=True)
+class Words:
+    """A tokenizer: word 7 of a text is token 7."""
+
+    pad: int = 0
+
+    def encode_all(self, texts, limit, special):
+        return [[1, *map(int, text.split())][:limit] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Tasks whose label is which of two words a text has; all have one shape, so one set of programs."""
+    folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name, words in {"one": (5, 6), "two": (5, 6), "three": (6, 7)}.items():
+        (folder / name).mkdir()
+        for split, count in {"train": 96, "dev": 40, "test": 40}.items():
+            with open(folder / name / f"{split}.jsonl", "w") as file:
+                for row in range(count):
+                    label = row % len(words)
+                    text = draw.permutation([words[label], *draw.integers(8, WORDS, 5)])
+                    said = " ".join(map(str, text))
+                    file.write(json.dumps({"text": said, "label": label}) + "\n")
+    config = TransformerConfig(
+        kind="encoder",
+        layers=2,
+        width=8,
+        vocab=WORDS,
+        attention=GroupedQuery(2),
+        positions=Learned(64),
+        norm=LayerNorm(),
+        initial_std=0.3,
+    )
+    model = Transformer(config, None)
+    backbone = Backbone(model, model.init(jax.random.key(0), jnp.zeros((1, 4), int)), Words())
+    size = replace(SIZES["smoke"], seeds=(0,), read_rows=64, dev_rows=32, test_rows=32, tasks=tuple(MINE))
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield Study(tmp_path_factory.mktemp("study"), folder, size, backbone, MINE)
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def found(study):
+    return study.run()
+
+
+def test_the_study_runs_once_and_says_what_it_found(study, found, tmp_path):
+    written = {path: path.stat().st_mtime_ns for path in study.folder.rglob("result.json")}
+    again = study.run()
+    assert again["trial"] == found["trial"] and again["speed"] == found["speed"]
+    assert {path: path.stat().st_mtime_ns for path in study.folder.rglob("result.json")} == written
+    page = tmp_path / "skill.md"
+    text = write_report(study.folder, found, KINDS, page)
+    assert page.read_text() == text
+    assert text.count("\n## ") == 5 and "predictivity" in text
+    for name in ("layers", "neuron", "overlap", "perturbation", "similarity", "transfer"):
+        assert (tmp_path / "skill" / f"{name}.png").exists() and f"(skill/{name}.png)" in text
+
+
+def test_trials_measure_every_question_with_its_controls(found):
+    for trial in found["trial"].values():
+        assert len(trial["top"]) == len(trial["shuffled_top"]) == 1
+        assert all(0 <= trial[key] <= 1 for key in ("accuracy", "top_test", "untrained_top_test"))
+        assert len(trial["by_layer"]) == 2
+    arrays = found["arrays"]["three", 0]
+    assert arrays["predictivity"].shape == (1, 2, 32) and arrays["predictivity"].min() >= 0.5
+    assert arrays["thresholds"].shape == (1, 2, 4, 32) and arrays["states"].shape == (2, 4, 32)
+    assert np.isfinite(arrays["means"]).all() and (arrays["deviations"] >= 0).all()
+    rows = accuracy_table(found, list(MINE), [0]).rows
+    assert [row[0] for row in rows] == list(MINE)
+
+
+def test_gaps_are_means_over_examples(found):
+    result = found["effects"]["one", 0]
+    assert result["rows"] == 32
+    skill, control, interval = gap(found, "one", [0], "mean/0.2")
+    assert skill == pytest.approx(100 * len(result["correct"]["mean/0.2/skill"]) / 32)
+    assert interval.mean == pytest.approx(control - skill) and interval.low <= interval.mean <= interval.high
+    assert len(perturbation_table(found, list(MINE), [0]).rows) == 6
+
+
+def test_a_task_is_like_itself_and_transfer_has_every_prompt(found):
+    maps = similarities(found, list(MINE), [0])
+    assert len(maps) == 6
+    for each in maps.values():
+        np.testing.assert_allclose(np.diag(each), 1, atol=1e-6)
+    assert set(found["transfer"]["two", 0]) == {*MINE, "untrained", "seconds"}
+
+
+def test_pruned_models_are_smaller(found):
+    share = found["speed"]["share"]
+    assert share["0.1"] < share["whole"] == 1.0 and set(found["speed"]["ratio"]) == set(share)
+
+
+def test_balanced_accuracy_counts_labels_alike():
+    truth, chosen = np.asarray([0, 0, 0, 1]), np.zeros(4, int)
+    assert balanced_accuracy(chosen, truth) == 0.5
