@@ -7,10 +7,12 @@ import functools
 from ..registry import pick
 from .gather import Gather
 from .mask import Mask
+from .native import Native
 from .request import SparseImplementation, SparseRequest
 from .steps import Steps
+from .tpu import SparseTpu
 
-IMPLEMENTATIONS: tuple[SparseImplementation, ...] = (Gather(), Mask(), Steps())
+IMPLEMENTATIONS: tuple[SparseImplementation, ...] = (SparseTpu(), Native(), Gather(), Mask(), Steps())
 
 
 def implementations() -> tuple[SparseImplementation, ...]:

@@ -7,6 +7,7 @@ import pytest
 
 from modicum import InputError
 from modicum.models.kernels.sparse import Experts, implementations, sparse_feed_forward
+from modicum.models.kernels.sparse.native import Native, compiler, library
 from modicum.models.kernels.sparse.registry import choose
 from modicum.models.kernels.sparse.request import SparseRequest
 
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 E, N, D, K = 6, 8, 16, 2
 PORTABLE = ("mask", "gather", "steps")
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))
 ACTIVATIONS = {
     "relu": lambda z: np.maximum(z, 0),
     "silu": lambda z: z / (1 + np.exp(-z)),
@@ -62,7 +64,17 @@ def one_by_one(x, experts, chosen):
     return np.array(out)
 
 
-@pytest.mark.parametrize("impl", PORTABLE)
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """What is compiled here is not found by anybody else, and nothing that was compiled before is found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        library.cache_clear()
+        yield
+    library.cache_clear()
+
+
+@pytest.mark.parametrize("impl", [*PORTABLE, NATIVE])
 @pytest.mark.parametrize(("activation", "gated", "biased"), [("relu", False, True), ("silu", True, False)])
 def test_each_is_the_sum_of_the_chosen_neurons(impl, activation, gated, biased):
     experts = drawn(activation, gated, biased)
@@ -71,7 +83,7 @@ def test_each_is_the_sum_of_the_chosen_neurons(impl, activation, gated, biased):
     np.testing.assert_allclose(found, one_by_one(x, experts, chosen), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("impl", PORTABLE)
+@pytest.mark.parametrize("impl", [*PORTABLE, NATIVE])
 def test_one_token_of_a_batch_and_all_experts(impl):
     experts = drawn("silu", gated=True)
     x, chosen = inputs(tokens=1, chosen=E)
@@ -82,7 +94,7 @@ def test_one_token_of_a_batch_and_all_experts(impl):
     np.testing.assert_allclose(other, found[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", [name for name in PORTABLE if name != "mask"])
+@pytest.mark.parametrize("impl", ["gather", "steps", NATIVE])
 def test_gradients_are_the_masks(impl):
     experts = drawn("silu", gated=True)
     x, chosen = inputs()
@@ -112,15 +124,48 @@ def test_half_types_add_up_in_float32(impl):
     )
 
 
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("activation", ["relu2", "gelu", "gelu_tanh", "sigmoid", "tanh"])
+def test_native_activations_are_ours(activation):
+    experts = drawn(activation)
+    x, chosen = inputs()
+    expected = sparse_feed_forward(x, experts, chosen, impl="mask")
+    found = sparse_feed_forward(x, experts, chosen, impl="native")
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch, tmp_path):
+    """A machine on which nothing was compiled yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+def chosen_for(**changes):
+    return choose.__wrapped__(asked(**changes), "auto").name
+
+
+def test_native_code_is_not_compiled_unasked(uncompiled, monkeypatch):
+    assert "impl='native' does so" in Native().unfit(asked())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler" in Native().supports(asked())
+    assert chosen_for() == "gather"
+
+
 def asked(**changes):
     given = {"platform": "cpu", "tokens": 1, "experts": 128, "chosen": 13, "size": 32, "width": 1024}
     return SparseRequest(**{**given, "dtype": "float32", "gated": False, "activation": "relu", **changes})
 
 
-def test_few_tokens_gather_and_many_are_masked():
-    assert choose(asked(), "auto").name == "gather"
-    assert choose(asked(tokens=512), "auto").name == "mask"
-    assert choose(asked(chosen=64), "auto").name == "mask"
+def test_few_tokens_gather_and_many_are_masked(uncompiled):
+    assert chosen_for() == "gather"
+    assert chosen_for(tokens=512) == chosen_for(chosen=64) == "mask"
+    library().parent.mkdir(parents=True)
+    library().touch()  # as if it had been compiled
+    assert chosen_for() == chosen_for(chosen=64) == "native"
+    assert chosen_for(tokens=512) == chosen_for(partitioned=True, chosen=64) == "mask"
     assert choose(asked(tokens=512), "gather").name == "gather"
     with pytest.raises(InputError, match=r"impl='none' is unknown; valid are auto, .*gather"):
         choose(asked(), "none")

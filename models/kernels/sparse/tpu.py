@@ -1,0 +1,81 @@
+"""Pallas on TPUs: the numbers of the chosen experts are read first, and only their rows are fetched.
+
+The grid is tokens by chosen experts. `chosen` lies in scalar memory before the kernel starts
+(`PrefetchScalarGridSpec`), so that the pipeline fetches an expert's rows while the one before is multiplied;
+nothing is copied in between. The kernel is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from ..request import PARTITIONED
+from .experts import Experts
+from .gather import Gather
+from .request import SparseRequest
+
+LANES = 128
+ROWS = {"float32": 8, "bfloat16": 16}  # of a tile of registers
+ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+MOST_CHOICES = 1 << 16  # numbers of 4 bytes in scalar memory, of which there is 1 MiB
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseTpu:
+    """Scalar-prefetched expert rows; with `interpret` on anything, slowly, to be tested."""
+
+    name: str = "tpu"
+    interpret: Any = False
+
+    def supports(self, request: SparseRequest) -> str | None:
+        """TPUs, float32 and bfloat16, experts of whole tiles."""
+        if request.platform != "tpu" and not self.interpret:
+            return f"it is for TPUs, not {request.platform}"
+        if request.dtype not in ROWS:
+            return f"it computes in {' and '.join(ROWS)}, not {request.dtype}"
+        if request.activation not in ACTIVATIONS:
+            return f"it knows {', '.join(ACTIVATIONS)}, not {request.activation}"
+        if request.width % LANES or request.size % ROWS[request.dtype]:
+            rows = ROWS[request.dtype]
+            return f"experts of {request.size}×{request.width} are not whole tiles of {rows}×{LANES}"
+        if request.tokens * request.chosen > MOST_CHOICES:
+            return f"{request.tokens * request.chosen} choices are more than scalar memory holds"
+        return None
+
+    def unfit(self, request: SparseRequest) -> str | None:
+        """Tokens that fetch their own experts read more than the dense layer does once for all of them."""
+        if request.partitioned:
+            return PARTITIONED
+        if request.tokens * request.share >= 1.0:
+            return f"{request.tokens} tokens together read more than the whole layer"
+        return None
+
+    def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
+        """`[N, D]`; the backward pass is that of `gather`."""
+        return _call(self.interpret, x, experts.replace(down_bias=None), chosen)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _call(interpret: Any, x: Array, experts: Experts, chosen: Array) -> Array:
+    from .tpu_kernel import run
+
+    return run(interpret, x, experts, chosen)
+
+
+def _forward(interpret: Any, x: Array, experts: Experts, chosen: Array) -> tuple[Array, Any]:
+    return _call(interpret, x, experts, chosen), (x, experts, chosen)
+
+
+def _backward(interpret: Any, kept: Any, cotangent: Array) -> tuple[Any, ...]:
+    x, experts, chosen = kept
+    _, pull = jax.vjp(lambda x, experts: Gather()(x, experts, chosen), x, experts)
+    return *pull(cotangent), np.zeros(chosen.shape, jax.dtypes.float0)
+
+
+_call.defvjp(_forward, _backward)
