@@ -14,6 +14,7 @@ from .bench_attention import AttentionBench
 from .bench_bounds import BoundsBench
 from .bench_compiled import AttentionCompiledBench
 from .bench_delta import MemoryBench, StorageBench
+from .bench_ffn import FeedForwardBench
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ AttentionCompiled = Annotated[AttentionCompiledBench, tyro.conf.subcommand("atte
 Train = Annotated[TrainBench, tyro.conf.subcommand("train")]
 Tune = Annotated[TuneBench, tyro.conf.subcommand("tune")]
 Generate = Annotated[GenerateBench, tyro.conf.subcommand("generate")]
+FeedForward = Annotated[FeedForwardBench, tyro.conf.subcommand("ffn")]
 Memory = Annotated[MemoryBench, tyro.conf.subcommand("tune-memory")]
 Storage = Annotated[StorageBench, tyro.conf.subcommand("tune-storage")]
 
@@ -189,7 +191,17 @@ Storage = Annotated[StorageBench, tyro.conf.subcommand("tune-storage")]
 class Bench:
     """Measure ours beside its peers, on this machine in one run."""
 
-    what: Attention | AttentionBounds | AttentionCompiled | Train | Tune | Generate | Memory | Storage
+    what: (
+        Attention
+        | AttentionBounds
+        | AttentionCompiled
+        | Train
+        | Tune
+        | Generate
+        | FeedForward
+        | Memory
+        | Storage
+    )
 
     def run(self) -> int:
         """Print the tables."""

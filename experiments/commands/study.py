@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ... import InputError
-from .study_planner import CostClaims, PlannerValidation
+from .study_planner import CostClaims, PlannerCompiled, PlannerValidation
+from .study_sparsity import Moefication
 
 if TYPE_CHECKING:
     from ..delta_methods import Study as DeltaStudy
@@ -90,7 +91,9 @@ class FewSamples(DeltaOptions):
 Choice = (
     Annotated[DeltaMethods, tyro.conf.subcommand("delta-methods")]
     | Annotated[FewSamples, tyro.conf.subcommand("few-samples")]
+    | Annotated[Moefication, tyro.conf.subcommand("moefication")]
     | Annotated[PlannerValidation, tyro.conf.subcommand("planner-validation")]
+    | Annotated[PlannerCompiled, tyro.conf.subcommand("planner-compiled")]
     | Annotated[CostClaims, tyro.conf.subcommand("cost-claims")]
 )
 
