@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ... import InputError
-from .study_planner import CostClaims, PlannerCompiled, PlannerValidation
+from .study_planner import CostClaims, PlannerValidation
 from .study_sparsity import Moefication
 
 if TYPE_CHECKING:
@@ -93,7 +93,6 @@ Choice = (
     | Annotated[FewSamples, tyro.conf.subcommand("few-samples")]
     | Annotated[Moefication, tyro.conf.subcommand("moefication")]
     | Annotated[PlannerValidation, tyro.conf.subcommand("planner-validation")]
-    | Annotated[PlannerCompiled, tyro.conf.subcommand("planner-compiled")]
     | Annotated[CostClaims, tyro.conf.subcommand("cost-claims")]
 )
 
