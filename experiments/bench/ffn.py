@@ -48,7 +48,8 @@ def measure_feed_forward(
 ) -> Seen:
     """All contenders of a job and batch take turns, `rounds` times, after one call that warms up.
 
-    Without `contenders` all take part that can on this machine. Raises `InputError` for names that are not known and counts below 1.
+    Without `contenders` all take part that can on this machine. Raises `InputError` for names that are not
+    known and counts below 1.
     """
     contenders = contenders or [each.name for each in implementations() if each.supports(asked()) is None]
     _check(jobs, shares, batches, contenders, rounds)
