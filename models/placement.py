@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from .. import InputError
 from ..parallel.layout import Layout
 from ..parallel.rules import split_axes
 from .attention import AttentionModule
+from .dispatch import ExpertAxes
+from .experts import Experts
 from .hooks import Hook
 from .kernels import Bias, Joined, Mask, MeshAxes, sharded_attention
 from .kernels.context import Method
@@ -31,8 +35,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 STREAM = ("embedded", "middle", "residual")
 """Hooks that see the residual stream `[B, T, D]`."""
-SUBLAYERS = ("attention", "cross_attention", "mlp")
-"""Modules that read and write it, each token's whole width at once."""
+WRITERS = ("attention", "cross_attention", "mlp")
+"""Modules that read the whole width of each token, and add to it what their heads or neurons sum to."""
+READERS = (*WRITERS, "head")
 
 
 def placed(function: F, layout: Layout, *, method: Method = "ring", sequence_parallel: bool = True) -> F:
@@ -44,6 +49,7 @@ def placed(function: F, layout: Layout, *, method: Method = "ring", sequence_par
     * The residual stream is held where its rows lie (`Layout.activations`), and with `sequence_parallel`
       between sublayers also split along T over the devices that share heads: norms and what is kept for the
       backward pass are, and the sum of partial products is scattered where it was copied.
+    * Routed experts (`Experts`) are one `shard_map`: each device computes its own (`models.dispatch`).
     * In a layout in zigzag order positions and dropout are those of the natural order (`ZigzagColumns`).
 
     Linen models of ours have these sites; for others, and on one device, nothing changes. Inside a
@@ -56,8 +62,10 @@ def placed(function: F, layout: Layout, *, method: Method = "ring", sequence_par
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        columns = ZigzagColumns(layout.mesh.shape[axes.length]) if _in_zigzag(axes) else None
-        with nn.intercept_methods(Placement(layout, axes, spread, columns).intercept):
+        in_zigzag = axes.length is not None and axes.order == "zigzag"
+        columns = ZigzagColumns(layout.mesh.shape[axes.length]) if in_zigzag else None
+        placement = Placement(layout, axes, spread, columns)
+        with _known(layout.mesh), nn.intercept_methods(placement.intercept):
             return function(*args, **kwargs)
 
     return cast(F, run)
@@ -74,8 +82,37 @@ def attention_axes(layout: Layout, method: Method = "ring") -> MeshAxes:
     return MeshAxes(layout.mesh, batch, heads, length[0] if length else None, layout.order, method)
 
 
-def _in_zigzag(axes: MeshAxes) -> bool:
-    return axes.length is not None and axes.order == "zigzag"
+def expert_axes(layout: Layout) -> ExpertAxes:
+    """Where rows, length, experts and their neurons lie by the layout's rules."""
+    names = ("batch", "length", "experts", "mlp")
+    return ExpertAxes(
+        layout.mesh,
+        *(split_axes(layout.rules.mesh_axes(name), layout.mesh, "experts") for name in names),
+    )
+
+
+def _held(layout: Layout, forward: str | None, backward: str | None) -> Callable[[jax.Array], jax.Array]:
+    """The identity, with values and gradients each held in a place of their own.
+
+    A constraint's gradient is held where its value is; here one is gathered and the other scattered: f and
+    its conjugate in Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, §3).
+    """
+    hold = jax.custom_vjp(lambda x: layout.activations(x, forward))
+    hold.defvjp(
+        lambda x: (layout.activations(x, forward), None),
+        lambda _, gradient: (layout.activations(gradient, backward),),
+    )
+    return hold
+
+
+def _known(mesh: Mesh) -> AbstractContextManager:
+    """What is traced in it can ask for the mesh, `jax.sharding.get_abstract_mesh`, and its devices' platform.
+
+    An enclosing `shard_map` has said already.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        return nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 @dataclass(frozen=True)
@@ -94,24 +131,29 @@ class Placement:
             return self.compute(module, call, *args)
         if method != "__call__":
             return call(*args, **kwargs)
+        if isinstance(module, Experts):
+            return call(*args, **kwargs, axes=expert_axes(self.layout))
         if self.columns is not None:
             call = self.columns.adapted(module, call)
         if isinstance(module, Hook):
             value = call(*args, **kwargs)
             return self.layout.activations(value, self.spread) if module.name in STREAM else value
-        if module.name in SUBLAYERS:
-            return self.sublayer(call, args, kwargs)
-        if module.name == "head":
-            args = (self.layout.activations(args[0]), *args[1:])
-        return call(*args, **kwargs)
-
-    def sublayer(self, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Every token's heads or neurons lie over devices: tokens are brought together, results apart."""
-        whole = self.layout.activations
+        if self.spread is None or module.name not in (*READERS, "embedding"):
+            return call(*args, **kwargs)
+        if module.name == "embedding":  # looked up in a table that lies over the same devices
+            return self.layout.activations(call(*args, **kwargs))
         if kwargs.get("memory") is not None:
-            kwargs = {**kwargs, "memory": whole(kwargs["memory"])}
-        value = call(whole(args[0]), *args[1:], **kwargs)
-        return whole(value, self.spread) if isinstance(value, jax.Array) else value
+            kwargs = {**kwargs, "memory": self.gathered(kwargs["memory"])}
+        value = call(self.gathered(args[0]), *args[1:], **kwargs)
+        return self.scattered(value) if module.name in WRITERS else value
+
+    def gathered(self, x: jax.Array) -> jax.Array:
+        """The stream as a sublayer reads it, whole along T; its gradient, a sum, is scattered."""
+        return _held(self.layout, None, self.spread)(x)
+
+    def scattered(self, x: jax.Array) -> jax.Array:
+        """What a sublayer adds to the stream, split along T; its gradient is gathered."""
+        return _held(self.layout, self.spread, None)(x)
 
     def compute(
         self,

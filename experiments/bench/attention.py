@@ -141,4 +141,7 @@ def _enter(seen: Seen, worker: Worker, length: int, backward: bool) -> Iterator[
             seen.left_out[name] = reason
         elif name not in seen.without:
             ready = worker.ask(what="prepare", name=name, length=length, backward=backward)
-            yield Turn(worker, Timed(name, length, backward, ready["temporary"]))
+            if reason := ready.get("left_out"):
+                seen.left_out[f"{name} at {length}"] = reason
+            else:
+                yield Turn(worker, Timed(name, length, backward, ready["temporary"]))

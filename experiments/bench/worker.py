@@ -158,8 +158,10 @@ def measure(contender: Any, what: str, **arguments: Any) -> dict[str, Any]:
             return mean(contender.matrix_vector())
         case "memory":
             return {"peak": peak_memory()}
-        case "contenders" | "prepare":
-            return getattr(contender, what)(**arguments)
+        case "contenders":
+            return contender.contenders(**arguments)
+        case "prepare":
+            return unless_exhausted(lambda: contender.prepare(**arguments))
         case "attend":
             return attended(contender, **arguments)
         case "forget":
@@ -169,13 +171,22 @@ def measure(contender: Any, what: str, **arguments: Any) -> dict[str, Any]:
 
 def attended(contender: Attender, calls: int, **arguments: Any) -> dict[str, Any]:
     """What a call took on average, or that memory was not enough; other errors end the process."""
-    try:
+
+    def called() -> dict[str, Any]:
         result, timing = timed(lambda: contender.attend(calls=calls, **arguments))
+        return {"sample": contender.sample(result), "wall": timing.wall / calls, "cpu": timing.cpu / calls}
+
+    return unless_exhausted(called)
+
+
+def unless_exhausted(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `function` returns, or that memory was not enough for it, to run or already to compile."""
+    try:
+        return function()
     except RuntimeError as error:  # both libraries' errors are of this kind
         if not any(words in str(error).lower() for words in ("resource_exhausted", "out of memory")):
             raise
         return {"left_out": "it is out of memory"}
-    return {"sample": contender.sample(result), "wall": timing.wall / calls, "cpu": timing.cpu / calls}
 
 
 def resident(field: str = "VmRSS") -> int:

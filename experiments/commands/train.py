@@ -77,7 +77,7 @@ class Train:
         training = self.training.config(self.learning_rate, "loss")
         training = replace(training, loss_chunk=self.loss_chunk)
         shape = self._shape()
-        layout = self.placement.layout(training.batch)
+        layout = self.placement.layout(training.batch).for_causal(self.length)
         splits = self._splits()
         tokenizer = self._tokenizer(splits["train"])
         config = replace(shape, vocab=tokenizer.vocab)

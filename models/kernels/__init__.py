@@ -12,9 +12,10 @@ over a mesh axis; `sharded` computes on any mesh what XLA could not split, by th
 arrays inside `shard_map`.
 """
 
+from ...parallel.zigzag import zigzag_order
 from .biases import ALiBi, Bias, Bucketed, alibi_slopes
 from .biases import Dense as DenseBias
-from .context import context_attention, zigzag_order
+from .context import context_attention
 from .decode import Joined, decode_attention
 from .dropout import Dropout
 from .flags import Keys, Queries

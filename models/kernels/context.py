@@ -11,15 +11,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from ... import InputError
 from ...parallel.ring import ring_fold
+from ...parallel.zigzag import Order
 from .biases import Bias
 from .dropout import Dropout
 from .front import terms_of
@@ -33,7 +33,6 @@ from .terms import Terms
 from .varying import vary, varying_axes
 
 Method = Literal["ring", "gather"]
-Order = Literal["zigzag", "contiguous"]
 Rows = Literal["whole", "own"]
 
 
@@ -69,17 +68,46 @@ class Place(NamedTuple):
         return self.everywhere if held == "whole" else self.everywhere._replace(held=self.here.start)
 
 
-def zigzag_order(length: int, devices: int) -> np.ndarray:
-    """The order in which to lay a sequence over devices so that a causal mask gives each the same work.
+@overload
+def context_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    axis: str,
+    mask: Mask,
+    bias: Bias | Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Array | None = None,
+    dropout: Dropout | None = None,
+    method: Method = "ring",
+    order: Order = "zigzag",
+    rows: Rows = "whole",
+    impl: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Array: ...
 
-    Of 2n chunks device d holds number d and number 2n - 1 - d: `x[:, zigzag_order(T, n)]` is sharded in
-    place of x, and `numpy.argsort` of the order brings results back. The idea is that of Zhu 2024
-    (zhuzilin/ring-flash-attention, `zigzag`) and of Llama 3.
-    """
-    if length % (2 * devices):
-        raise InputError(f"a length of {length} is not a multiple of twice the {devices} devices")
-    chunks = np.arange(length).reshape(2, devices, -1)
-    return np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(-1)
+
+@overload
+def context_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    axis: str,
+    mask: Mask,
+    bias: Bias | Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Array | None = None,
+    dropout: Dropout | None = None,
+    method: Method = "ring",
+    order: Order = "zigzag",
+    rows: Rows = "whole",
+    impl: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def context_attention(

@@ -36,8 +36,8 @@ class CuDNN:
             "its dropout is not that of other implementations": bool(request.dropout),
             "its gradient of a bias is not one to rely on": request.bias is not None,
             "it gives no gradient of the log-sum-exp, and rounds it": request.lse,
-            f"its widths are multiples of 8 up to 256, not {request.width}": request.width % 8 != 0
-            or request.width > 256,
+            f"its widths are multiples of 8 up to {widest()}, not {request.width}": request.width % 8 != 0
+            or request.width > widest(),
             f"its values are as wide as keys, not {request.value_width}": request.value_width
             != request.width,
             f"it has no {describe(request.mask)}: its masks are Full, Causal and a causal Window": (
@@ -60,6 +60,12 @@ class CuDNN:
         )
         batch, queries, heads, _ = q.shape
         return out, jnp.full((batch, heads, queries), jnp.nan, accumulation_dtype(q.dtype))
+
+
+def widest() -> int:
+    """The widest heads that it has on the first device: 256 from Hopper on, 128 before."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    return 256 if int(capability.split(".")[0]) >= 9 else 128
 
 
 def options_of(mask: Mask) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ instead of 0.7 (the time to read them at 25 GB/s is 0.75 ms).
 """
 
 import dataclasses
+from typing import Literal, overload
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -46,6 +47,40 @@ class Joined:
         """`[B, S, G, K]`."""
         rows, length, width = self.array.shape
         return rows // self.groups, length, self.groups, width
+
+
+@overload
+def decode_attention(
+    q: Array,
+    k: Joined | Paged,
+    v: Joined | Paged,
+    *,
+    mask: Mask | None = None,
+    lengths: Array | None = None,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Array | None = None,
+    impl: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def decode_attention(
+    q: Array,
+    k: Joined | Paged,
+    v: Joined | Paged,
+    *,
+    mask: Mask | None = None,
+    lengths: Array | None = None,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Array | None = None,
+    impl: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def decode_attention(

@@ -19,8 +19,9 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ... import InputError
+from ...parallel.zigzag import Order
 from .biases import Bias
-from .context import Method, Order, context_attention
+from .context import Method, context_attention
 from .dropout import Dropout
 from .front import attention, terms_of
 from .letters import explicit, map_arrays

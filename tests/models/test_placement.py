@@ -23,6 +23,7 @@ CONFIG = TransformerConfig(
     positions=Rotary(),
     mlp=MLP(8),
     precision=FP64,
+    dropout=0.1,
     scan=True,
     remat="full",
 )
@@ -31,9 +32,9 @@ TOKENS = NUMBERS.integers(0, 12, (B, T))
 SEGMENTS = np.array([[1] * 3 + [2] * 5, [1] * 8, [1] * 6 + [0] * 2, [1, 2] + [3] * 6])
 
 
-def layout(mesh):
+def layout(mesh, order="contiguous"):
     shape = MeshShape.parse(mesh)
-    return Layout(make_mesh(shape, jax.devices()[: shape.size]))
+    return Layout(make_mesh(shape, jax.devices()[: shape.size]), order=order)
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +46,32 @@ def tuned():
         variables = model.init(jax.random.key(1), params, TOKENS)
 
         def loss(params, delta, tokens, segments):
-            logits = model.apply({**variables, "delta": delta}, params, tokens, segments=segments)
-            return jnp.sin(logits).mean()
+            given = {"segments": segments, "rng": jax.random.key(2), "train": True}
+            logits = model.apply({**variables, "delta": delta}, params, tokens, **given)
+            return jnp.sin(logits).mean()  # of any order of the columns
 
         given = params, variables["delta"], TOKENS, SEGMENTS
         return loss, given, jax.jit(jax.value_and_grad(loss, (0, 1)))(*given), model
 
 
-@pytest.mark.parametrize("mesh", ["data=2,tensor=2", "fsdp=2,context=2,tensor=2"])
-def test_values_and_gradients_are_those_of_one_device(tuned, mesh, x64, caplog):
+@pytest.mark.parametrize(
+    "mesh, order",
+    [
+        ("data=2,tensor=2", "contiguous"),
+        ("fsdp=2,context=2,tensor=2", "contiguous"),
+        ("data=2,context=2,tensor=2", "zigzag"),
+    ],
+)
+def test_values_and_gradients_are_those_of_one_device(tuned, mesh, order, x64, caplog):
     loss, (params, delta, *inputs), wanted, model = tuned
-    where = layout(mesh)
+    where = layout(mesh, order)
     params = jax.device_put(params, where.parameters(params, model.model.axes))
     run = jax.jit(jax.value_and_grad(placed(loss, where), (0, 1)))
     with caplog.at_level(logging.INFO, "modicum.kernels"):
         found = run(params, delta, *where.place(inputs))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), found, wanted)
-    assert f"B={B // 2} T={T // where.mesh.shape['context']} " in caplog.text  # of each device's own part
+    length = T // where.mesh.shape["context"] // (2 if order == "zigzag" else 1)
+    assert f"B={B // 2} T={length} " in caplog.text  # of each device's own part
     assert "H=2 G=1" in caplog.text
 
 
@@ -71,13 +81,13 @@ def test_on_one_device_nothing_is_wrapped():
 
 def test_inside_a_shard_map_the_other_axes_count(tuned, x64):
     loss, given, (wanted, _), _ = tuned
-    where = layout("pipe=2,data=2")
+    where = layout("fsdp=2,data=2")
     stage = jax.shard_map(
-        lambda *given: jax.lax.pmean(placed(loss, where)(*given), "pipe"),
+        lambda *given: jax.lax.pmean(placed(loss, where)(*given), "fsdp"),
         mesh=where.mesh,
         in_specs=jax.P(),
         out_specs=jax.P(),
-        axis_names={"pipe"},
+        axis_names={"fsdp"},
     )
     np.testing.assert_allclose(jax.jit(stage)(*given), wanted, rtol=1e-12)
     whole = jax.shard_map(placed(loss, where), mesh=where.mesh, in_specs=jax.P(), out_specs=jax.P())

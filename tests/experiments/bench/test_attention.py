@@ -11,7 +11,7 @@ from modicum.experiments.bench.attention import Seen, Timed, measure_rounds
 from modicum.experiments.bench.attention_jax import JaxAttention
 from modicum.experiments.bench.attention_job import BIASES, MASKS, AttentionJob
 from modicum.experiments.bench.attention_report import summary, times_table
-from modicum.experiments.bench.worker import attended
+from modicum.experiments.bench.worker import attended, measure
 from modicum.experiments.commands.bench_attention import AttentionBench
 from modicum.models.kernels.spans import Span
 
@@ -89,7 +89,11 @@ class Scripted:
             case "contenders":
                 return dict.fromkeys(self.seconds, "") | {"other": "it cannot"}
             case "prepare":
-                return {"temporary": 0}
+                return (
+                    {"temporary": 0}
+                    if self.seconds[given["name"]] != "compiling"
+                    else {"left_out": "too full"}
+                )
             case "attend":
                 self.calls.append((given["name"], given["calls"]))
                 seconds = self.seconds[given["name"]]
@@ -101,17 +105,22 @@ class Scripted:
 
 
 def test_short_calls_are_repeated_and_who_has_no_memory_left_is_left_out():
-    seen, worker = Seen(AttentionJob()), Scripted({"slow": 0.5, "fast": 1e-3, "large": 0})
+    seen, worker = (
+        Seen(AttentionJob()),
+        Scripted({"slow": 0.5, "fast": 1e-3, "large": 0, "vast": "compiling"}),
+    )
     measure_rounds(seen, [worker], 64, False, rounds=2, report=lambda line: None)
     assert [timed.contender for timed in seen.timed] == ["slow", "fast"]
     assert [len(timed.wall) for timed in seen.timed] == [2, 2]
-    assert seen.left_out == {"other": "it cannot", "large at 64": "full"}
+    assert seen.left_out == {"other": "it cannot", "large at 64": "full", "vast at 64": "too full"}
     assert seen.timed[1].apart == pytest.approx(0.499)
     assert [calls for name, calls in worker.calls if name == "fast"] == [1, 20, 20]
     assert [calls for name, calls in worker.calls if name == "slow"] == [1, 1, 1]
     assert [name for name, _ in worker.calls].count("large") == 1
     with pytest.raises(InputError, match="nobody is left to measure at length 64"):
-        measure_rounds(Seen(AttentionJob(), without=("slow", "fast", "large")), [worker], 64, False, 2, print)
+        measure_rounds(
+            Seen(AttentionJob(), without=("slow", "fast", "large", "vast")), [worker], 64, False, 2, print
+        )
 
 
 def test_memory_that_is_not_enough_is_told_and_other_errors_are_raised():
@@ -119,6 +128,14 @@ def test_memory_that_is_not_enough_is_told_and_other_errors_are_raised():
         def attend(self, error, calls):
             raise RuntimeError(error)
 
+        def prepare(self, error):
+            raise RuntimeError(error)
+
+    assert measure(Failing(), "prepare", error="RESOURCE_EXHAUSTED: 99 GB") == {
+        "left_out": "it is out of memory"
+    }
+    with pytest.raises(RuntimeError, match="a bug"):
+        measure(Failing(), "prepare", error="a bug")
     assert attended(Failing(), 1, error="RESOURCE_EXHAUSTED: 12 GB") == {"left_out": "it is out of memory"}
     assert attended(Failing(), 1, error="CUDA out of memory") == {"left_out": "it is out of memory"}
     with pytest.raises(RuntimeError, match="a bug"):

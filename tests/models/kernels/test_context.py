@@ -21,8 +21,9 @@ from modicum.models.kernels import (
     Segments,
     Window,
     attention,
+    zigzag_order,
 )
-from modicum.models.kernels.context import context_attention, zigzag_order
+from modicum.models.kernels.context import context_attention
 from modicum.models.kernels.masks import Sizes, describe
 from modicum.models.kernels.merging import merge, merge_sinks
 from modicum.models.kernels.spans import Span

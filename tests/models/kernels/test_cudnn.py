@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,17 @@ def test_each_reason_is_named(change, reason):
     assert CuDNN().supports(GOOD) is None
     found = CuDNN().supports(dataclasses.replace(GOOD, **change))
     assert found is not None and re.search(reason, found) and ";" not in found
+
+
+def test_before_hopper_heads_are_narrower(monkeypatch):
+    for capability, widest in (("8.6", 128), ("9.0", 256), ("10.3", 256)):
+        monkeypatch.setattr(
+            jax, "devices", lambda found=capability: [SimpleNamespace(compute_capability=found)]
+        )
+        for width in (128, 192, 256):
+            found = CuDNN().supports(dataclasses.replace(GOOD, width=width, value_width=width))
+            assert (found is None) == (width <= widest)
+            assert found is None or f"multiples of 8 up to 128, not {width}" in found
 
 
 def test_all_reasons_come_at_once():
