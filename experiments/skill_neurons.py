@@ -62,8 +62,8 @@ TASKS: Mapping[str, Task] = {
         Task("cr", 32),
         Task("mr", 32),
         Task("subj", 32),
-        Task("mrpc", 64, "sentence1", "sentence2"),
-        Task("qnli_dev5463", 64, "question", "sentence"),
+        Task("mrpc", 48, "sentence1", "sentence2"),
+        Task("qnli_dev5463", 48, "question", "sentence"),
         Task("trec", 32, dev=""),
     )
 }
@@ -209,14 +209,13 @@ class Study:
         """Tune a prompt; read its neurons, and those of the same prompt before training."""
         work, size = self.work(name), self.size
         trials = work.programs.trials
-        untrained = jax.device_get(trials.start(seed, size.rate).variables)
         batches = Batches(work.rows.train, size.batch, seed)
         trial = trials.advance(trials.start(seed, size.rate), batches, size.steps)
         chosen = trials.score(trial, work.rows.test, ROWS).chosen
         variables = jax.device_get(trial.variables)
         thresholds, dev, test = work.read(variables)
         shuffled = work.shuffled(variables, thresholds, seed)
-        _, dev_before, test_before = work.read(untrained)
+        dev_before, test_before = work.untrained
         means, deviations = work.programs.spread(work.arrays(variables), work.batches(work.read_rows))
         stored = {
             **flatten_dict(variables["delta"], sep="/"),

@@ -121,6 +121,12 @@ class Work:
         )
         return thresholds, dev, test
 
+    @cached_property
+    def untrained(self) -> tuple[Accuracy, Accuracy]:
+        """Accuracies on dev and on test of the prompt before training, which is the same for every seed."""
+        fresh = self.programs.trials.start(0, 1.0).variables
+        return self.read(jax.device_get(fresh))[1:]
+
     def shuffled(self, variables: Mapping[str, Any], thresholds: np.ndarray, seed: int) -> Accuracy:
         """Accuracies on dev with its labels in another order: there is nothing to find."""
         labels = np.random.default_rng(seed).permutation(self.truth(self.rows.dev)).astype(np.int32)

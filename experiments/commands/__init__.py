@@ -76,6 +76,7 @@ def verbs() -> dict[str, Callable[..., Verb]]:
     from .bench import Bench
     from .evaluate import Evaluate
     from .generate import Generate
+    from .neurons import Neurons
     from .plan import Plan
     from .quickstart import Quickstart
     from .report import Report
@@ -91,6 +92,7 @@ def verbs() -> dict[str, Callable[..., Verb]]:
         "evaluate": Evaluate,
         "generate": Generate,
         "sparsity": Sparsity,
+        "neurons": Neurons,
         "study": Study,
         "report": Report,
         "bench": Bench,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ... import InputError
+from .study_neurons import SkillNeurons
 from .study_planner import CostClaims, PlannerValidation
 from .study_sparsity import Moefication
 
@@ -92,6 +93,7 @@ Choice = (
     Annotated[DeltaMethods, tyro.conf.subcommand("delta-methods")]
     | Annotated[FewSamples, tyro.conf.subcommand("few-samples")]
     | Annotated[Moefication, tyro.conf.subcommand("moefication")]
+    | Annotated[SkillNeurons, tyro.conf.subcommand("skill-neurons")]
     | Annotated[PlannerValidation, tyro.conf.subcommand("planner-validation")]
     | Annotated[CostClaims, tyro.conf.subcommand("cost-claims")]
 )

@@ -36,14 +36,17 @@ def label_histograms(
 def heat_maps(
     path: Path, maps: Mapping[str, np.ndarray], rows: Sequence[str], columns: Sequence[str], unit: str = ""
 ) -> None:
-    """Matrices `[N, M]` side by side, each with its own colours; cells carry their numbers."""
+    """Matrices `[N, M]` side by side, each with its own colours; cells carry their numbers.
+
+    Where rows and columns are the same things the diagonal, which would use up the colours, is left white.
+    """
     with _page(path, len(maps), unit, width=0.62 * len(columns) + 1.4, height=0.42 * len(rows) + 1.9) as page:
         for number, (axes, (title, matrix)) in enumerate(zip(page, maps.items())):
             if np.shape(matrix) != (len(rows), len(columns)):
                 raise InputError(
                     f"{path.name}: {title!r} is {np.shape(matrix)}, names {len(rows), len(columns)}"
                 )
-            _heat(axes, np.asarray(matrix, float))
+            _heat(axes, np.asarray(matrix, float), apart=list(rows) == list(columns))
             axes.set_title(title, fontsize=10)
             axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
             axes.set_yticks(range(len(rows)), rows if number == 0 else [""] * len(rows), fontsize=8)
@@ -73,11 +76,13 @@ def curves(
         axes.legend(frameon=False, fontsize=8)
 
 
-def _heat(axes: Any, matrix: np.ndarray) -> None:
-    low, high = float(matrix.min()), float(matrix.max())
-    axes.imshow(matrix, cmap="viridis", aspect="auto")
+def _heat(axes: Any, matrix: np.ndarray, apart: bool) -> None:
+    own = np.eye(*matrix.shape, dtype=bool) if apart and len(matrix) > 1 else np.zeros(matrix.shape, bool)
+    low, high = float(matrix[~own].min()), float(matrix[~own].max())
+    axes.imshow(np.ma.masked_array(matrix, own), cmap="viridis", aspect="auto")
     for (row, column), value in np.ndenumerate(matrix):
-        ink = "black" if value > low + 0.6 * (high - low) else "white"
+        dark = not own[row, column] and value <= low + 0.6 * (high - low)
+        ink = "white" if dark else "black"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
 
 

