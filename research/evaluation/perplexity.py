@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -99,6 +99,8 @@ def strided_perplexity(
     stride = stride or max(1, window // 2)
     _check(model, text, window, stride, rows)
     places = list(windows(len(text), window, stride))
+    # The model is called as it is, and would take columns in another order for neighbours.
+    layout = layout and replace(layout, order="contiguous")
     rows = rows if layout is None else layout.fitting_rows(rows)
     nats, scored = 0.0, 0
     for start in range(0, len(places), rows):

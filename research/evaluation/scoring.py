@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -47,6 +48,8 @@ def score_continuations(
     model.config.positions.require(limit)
     for context, continuation in pairs:
         _check(context, continuation, limit, model.config.vocab)
+    # The model is called as it is, and would take columns in another order for neighbours.
+    layout = layout and replace(layout, order="contiguous")
     rows = rows if layout is None else layout.fitting_rows(rows)
     scores: dict[int, Score] = {}
     for chosen, width in _batches([len(a) + len(b) - 1 for a, b in pairs], limit, rows):
