@@ -97,9 +97,7 @@ def _backward(loss: ChunkedLoss, kept: Kept, cotangents: tuple[Any, Any]) -> tup
 chunked_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _on_mesh(
-    loss: ChunkedLoss, wanted: tuple[bool, ...], *given: Array | None
-) -> tuple[tuple[Array, Array], Kept]:
+def _on_mesh(loss: ChunkedLoss, wanted: tuple[bool, ...], *given: Any) -> tuple[tuple[Array, Array], Kept]:
     """Every device its own tokens and words; `wanted`: whether the gradients of hidden, weights, bias are."""
     compute = partial(_on_device, loss, wanted)
     if loss.mesh is None or loss.mesh.size == 1:
@@ -108,18 +106,13 @@ def _on_mesh(
     names: list[tuple[str, ...]] = [(), loss.word_axes] if loss.across else [loss.word_axes, ()]
     parts = loss.row_axes + loss.length_axes
     nowhere, words = PartitionSpec(), make_spec([loss.word_axes])
-    kept = Kept(
-        tokens if wanted[0] else None,
-        make_spec([parts, *names]) if wanted[1] else None,
-        make_spec([parts, loss.word_axes]) if wanted[2] else None,
-        tokens,
-        tokens,
-    )
+    kept: list[Any] = [tokens, make_spec([parts, *names]), make_spec([parts, loss.word_axes])]
+    kept = [spec if wants else None for spec, wants in zip(kept, wanted)]
     return jax.shard_map(
         compute,
         mesh=loss.mesh,
         in_specs=(tokens, make_spec(names), words, tokens, tokens),
-        out_specs=((nowhere, nowhere), kept),
+        out_specs=((nowhere, nowhere), Kept(*kept, tokens, tokens)),
         check_vma=False,
     )(*given)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,30 @@ LAUNCHER_VARIABLES = (
     "TPU_WORKER_HOSTNAMES",
     "TPU_PROCESS_ADDRESSES",
 )
+
+HEARTBEAT_SECONDS = 40
+"""How long a process may be silent before all others end: with the rest it takes less than a minute."""
+
+LOST_PROCESS = re.compile(
+    r"Gloo .*(failed|closed|reset|timed? ?out)|unhealthy|heartbeat|Socket closed"
+    r"|Connection (reset|closed|refused)|NCCL .*(failure|error)|coordination service"
+    r"|Barrier .*(failed|timed out)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def launched() -> bool:
+    """Whether a launcher of several processes has left its marks in the environment."""
+    return any(variable in os.environ for variable in LAUNCHER_VARIABLES)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says that another process of this run cannot be reached."""
+    if not jax.distributed.is_initialized():
+        return False
+    return LOST_PROCESS.search(str(error)) is not None or (
+        error.__cause__ is not None and is_lost_process(error.__cause__)
+    )
 
 
 def initialize(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
@@ -52,7 +77,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         raise InputError(f"processes: coordinator {coordinator!r} is no host:port")
     if count < 1 or not 0 <= index < count:
         raise InputError(f"processes: index {index} of {count} processes; an index runs from 0 to count - 1")
-    jax.distributed.initialize(coordinator, count, index)
+    jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
 def is_main() -> bool:
@@ -106,11 +131,11 @@ def _give_simulated_devices_threads() -> None:
 
 def _initialize_by_launcher() -> None:
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         if "coordinator_address" not in str(error):
             raise
     except RuntimeError:
         # Devices are in use already, so JAX did not look for a launcher. Without one that is no fault.
-        if any(variable in os.environ for variable in LAUNCHER_VARIABLES):
+        if launched():
             raise

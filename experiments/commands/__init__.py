@@ -7,10 +7,11 @@ line in `verbs`.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from ... import InputError, __version__
 
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"modicum {__version__}")
         return 0
     if arguments is None and given[:1] in (["train"], ["tune"]):  # this process is ours, and it trains
+        from .supervision import is_one_of_several, supervise
+
+        if is_one_of_several(given):
+            return supervise(given)
         from ...research.training.host_memory import keep_freed_memory
 
         keep_freed_memory()
@@ -44,13 +49,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parse([argument for argument in given if argument != "--debug"]).run()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
+    except Exception as error:
+        if is_lost(error):
+            end_at_once(error)
+        if not isinstance(error, InputError | OSError) or getattr(error, "filename", "") is None:
             raise
         if debug:
             traceback.print_exc()
         print(f"modicum: error: {one_line(error)}", file=sys.stderr)
         return USAGE_ERROR
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another process of this run is gone."""
+    if isinstance(error, InputError | OSError) or "jax" not in sys.modules:
+        return False
+    from ...parallel.processes import is_lost_process
+
+    return is_lost_process(error)
+
+
+def end_at_once(error: Exception) -> NoReturn:
+    """Say that a process is gone, and end without waiting for it, as `jax.distributed` does at an exit."""
+    from .supervision import LOST, lost_line
+
+    print(f"modicum: error: {lost_line(str(error))}", file=sys.stderr, flush=True)
+    os._exit(LOST)
 
 
 def one_line(error: Exception) -> str:

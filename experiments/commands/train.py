@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainRun:
-    """What a training run is asked for: its identity is hashed from this."""
+    """What a training run is asked for: its identity is hashed from this.
+
+    Not where it runs: the mesh does not change the result, and a run may go on on another one.
+    """
 
     model: TransformerConfig
     training: TrainingConfig
     tokenizer: str
     length: int
     holdout: float
-    mesh: str
-    zero: int
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,7 @@ class Train:
         splits = self._splits()
         tokenizer = self._tokenizer(splits["train"])
         config = replace(shape, vocab=tokenizer.vocab)
-        question = TrainRun(
-            config,
-            training,
-            tokenizer.fingerprint,
-            self.length,
-            self.holdout,
-            self.placement.mesh,
-            self.placement.zero,
-        )
+        question = TrainRun(config, training, tokenizer.fingerprint, self.length, self.holdout)
         fingerprint = "-".join(source.fingerprint for source in splits.values())
         with main_first("opened"):
             run = Run.open(

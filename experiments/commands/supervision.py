@@ -1,0 +1,96 @@
+"""One process of several, watched: what ends it is said in one line, also where XLA aborts.
+
+`jax.distributed` ends every process of a run when one is lost, from C++: a stack trace, no Python. So the
+command of such a run starts itself once more and waits. What its child writes goes on to standard error but
+for XLA's log, of which the last error is told where the child did not end by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from types import FrameType
+
+SUPERVISED = "MODICUM_SUPERVISED"
+LOST = 75
+"""The exit code where another process is gone: the same command may be started again (`EX_TEMPFAIL`)."""
+LOG_LINE = re.compile(r"^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ .*\] ?(.*)$")
+NEWS = re.compile(r"^\[Gloo\] Rank \d+ is connected")
+
+
+def is_one_of_several(arguments: Sequence[str]) -> bool:
+    """Whether this command joins other processes and nobody watches it yet."""
+    if SUPERVISED in os.environ:
+        return False
+    given = [value for name, value in _options(arguments) if name == "--processes"]
+    if given:
+        return given[-1] != "1"
+    from ...parallel.processes import launched
+
+    return launched()
+
+
+def supervise(arguments: Sequence[str]) -> int:
+    """Run the command in a process of its own; returns its exit code, `LOST` where XLA ended it."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "modicum", *arguments],
+        env=os.environ | {SUPERVISED: "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+    )
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    assert child.stderr is not None
+    error = copy_messages(child.stderr)
+    code = child.wait()
+    if code in (-signal.SIGABRT, -signal.SIGSEGV):
+        print(f"modicum: error: {lost_line(error)}", file=sys.stderr)
+        return LOST
+    return code if code >= 0 else 128 - code
+
+
+def copy_messages(lines: Iterable[str]) -> str:
+    """Write lines on to standard error as they come, but for XLA's log; returns the last error of that."""
+    error, aborting = "", False
+    for line in lines:
+        logged = LOG_LINE.match(line)
+        aborting = aborting or line.startswith(("*** Check failure", "    @ ", "Fatal Python error"))
+        if logged is None and not aborting and not NEWS.match(line):
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        elif logged is not None and line[0] in "EF" and logged[1].strip():
+            error = logged[1].strip()
+    return error
+
+
+def lost_line(reason: str) -> str:
+    """What is said of a run that lost a process."""
+    words = " ".join(reason.split())[:160]
+    return (
+        "another process of this run is gone or never came, so this one ends"
+        + (f" ({words})" if words else "")
+        + "; start the command again, on as many processes as there are: it goes on from its last checkpoint"
+    )
+
+
+def _options(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
+    """(name, value) of `--name value` and `--name=value`."""
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        yield name, value if equals else "".join(arguments[place + 1 : place + 2])
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends (prctl, PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)

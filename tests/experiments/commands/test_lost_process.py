@@ -1,0 +1,64 @@
+"""Of a run that loses a process the others end with one line, and fewer go on where it was."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from modicum.experiments.commands.supervision import (
+    LOST,
+    SUPERVISED,
+    copy_messages,
+    is_one_of_several,
+    lost_line,
+)
+
+XLA = """step 4
+[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1
+W1122 19:53:29.997432   21732 coordination_service.cc:185] [667] Using experimental recoverable tasks.
+E1122 19:54:34.162961   23269 coordination_service.cc:1549] Task 1 is unhealthy
+1
+F1122 19:54:34.163461   23280 client.h:80] Terminating process because   of Task 1.
+*** Check failure stack trace: ***
+    @     0x7feb8cd20634  absl::LogMessage::SendToLog()
+"""
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_run_and_fewer_go_on(tmp_path):
+    lost = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("lost.py"))))
+    corpus = lost.write_corpus(tmp_path)
+    seen = lost.lose_one(corpus, tmp_path / "lost", 2, 1, 1, lost.mesh_of(2, 3))
+    print(f"the other process ended after {seen.seconds:.1f} s: {seen.errors[0]}")
+    assert seen.seconds < 60
+    assert seen.codes == [LOST]
+    assert seen.errors[0].count("\n") == 1
+    assert seen.errors[0].startswith("modicum: error: another process of this run is gone")
+    assert seen.step < lost.STEPS
+    resumed = lost.finish(corpus, tmp_path / "lost", 1, 1, [])
+    alone = lost.finish(corpus, tmp_path / "alone", 1, 1, [])
+    assert sorted(resumed) == sorted(alone) == list(range(1, lost.STEPS + 1))
+    drift = [abs(resumed[step] - alone[step]) for step in range(1, seen.step + 21)]
+    print(f"20 steps after the resumption at {seen.step} the losses are within {max(drift):.1e}")
+    assert max(drift) < 1e-3
+
+
+def test_what_xla_says_is_kept_from_the_user(capsys):
+    assert copy_messages(XLA.splitlines(keepends=True)) == "Terminating process because   of Task 1."
+    assert capsys.readouterr().err == "step 4\n1\n"
+    assert "(Terminating process because of Task 1.)" in lost_line("Terminating process because   of Task 1.")
+    assert lost_line("").count("\n") == 0
+
+
+def test_only_several_processes_are_watched(monkeypatch):
+    for name in ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "JAX_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert not is_one_of_several(["train", "data"])
+    assert not is_one_of_several(["train", "data", "--processes", "1"])
+    assert is_one_of_several(["train", "data", "--processes", "2"])
+    assert is_one_of_several(["train", "data", "--processes=2"])
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    assert is_one_of_several(["train", "data"])
+    monkeypatch.setenv(SUPERVISED, "1")
+    assert not is_one_of_several(["train", "data", "--processes", "2"])
