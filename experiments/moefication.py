@@ -96,7 +96,7 @@ class Size:
 
 SIZES: Mapping[str, Size] = {
     "full": Size(),
-    "quick": Size(Recipe(steps=200, tuning_steps=150, test_rows=256), tokens=4096, epochs=15, seeds=(0,)),
+    "quick": Size(Recipe(steps=200, tuning_steps=80, test_rows=128), tokens=4096, epochs=15, seeds=(0,)),
     "smoke": Size(
         Recipe(steps=4, batch=4, width=64, layers=1, vocab=300, test_rows=8),
         shares=(0.5,),
@@ -190,7 +190,7 @@ class Work:
     @cached_property
     def inputs(self) -> dict[str, np.ndarray]:
         """What each layer reads on training tokens, as many as experts are made from and an eighth more."""
-        rows = spread_out(self.subject.train, 2048)
+        rows = spread_out(self.subject.train, max(32, self.size.tokens // 8))  # none has so few tokens
         batches = evaluation_batches(rows, 32)
         return capture_inputs(self.layers, batches, self.size.tokens * 9 // 8)
 

@@ -76,7 +76,8 @@ def decoder(folder: Path, data: Path, recipe: Recipe) -> Subject:
     training = TrainingConfig(
         recipe.steps, recipe.batch, optimizer=OptimizerConfig("muon", 0.02, weight_decay=0.1)
     )
-    run = _open(folder, "decoder", (recipe, training), digest)
+    asked = recipe.width, recipe.layers, recipe.vocab, recipe.test_rows
+    run = _open(folder, "decoder", (asked, training), digest)
     path = run.folder / "tokenizer.json"
     if not path.exists():
         train_tokenizer(texts[0], recipe.vocab).save(path)
@@ -110,7 +111,9 @@ def minilm(folder: Path, data: Path, recipe: Recipe) -> Subject:
     )
     made: dict[str, Any] = {}
     for activation in ("gelu", "relu"):
-        run = _open(folder, f"minilm-{activation}", (recipe, training, activation), rows.fingerprint)
+        run = _open(
+            folder, f"minilm-{activation}", (recipe.test_rows, training, activation), rows.fingerprint
+        )
         if run.state != "finished":
             model, params = _with_activation(backbone, activation, len(rows.labels))
             given: dict[str, Any] = {"layout": Layout.single(), "evaluation": rows.test}

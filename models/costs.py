@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from .. import InputError
 from .config import TransformerConfig
 from .experts import RoutedMLP
+from .moefied import EXPERT_WEIGHTS, MoefiedMLP
+from .selection import SELECTION_WEIGHTS
 from .transformer import Transformer
+
+WEIGHTS = ("kernel", *EXPERT_WEIGHTS, *SELECTION_WEIGHTS)
+"""What the matrices that multiply tokens are called."""
 
 
 def abstract_parameters(model: Transformer) -> Any:
@@ -68,7 +73,7 @@ def _keys_in_reach(window: int, length: int) -> float:
 def matrix_weights(config: TransformerConfig) -> int:
     """Weights that multiply each token: kernels, of experts the chosen ones', and the tied table."""
     flat, _ = jax.tree.flatten_with_path(abstract_parameters(Transformer(config)))
-    kernels = sum(math.prod(leaf.shape) for path, leaf in flat if path[-1].key == "kernel")
+    kernels = sum(math.prod(leaf.shape) for path, leaf in flat if path[-1].key in WEIGHTS)
     return kernels + (config.padded_vocab * config.width if config.tied else 0) - _idle_weights(config)
 
 
@@ -76,4 +81,4 @@ def _idle_weights(config: TransformerConfig) -> int:
     """Weights of the experts that a token did not choose."""
     depth = config.layers + (config.depth_of_decoder if config.kind == "encoder-decoder" else 0)
     choices = [config.layer(index)[1] for index in range(depth) if not config.lacks(index, "mlp")]
-    return sum(mlp.idle_weights(config.width) for mlp in choices if isinstance(mlp, RoutedMLP))
+    return sum(mlp.idle_weights(config.width) for mlp in choices if isinstance(mlp, RoutedMLP | MoefiedMLP))

@@ -25,6 +25,8 @@ from .selection import MLPSelection, Selection
 if TYPE_CHECKING:
     from .config import TransformerConfig
 
+EXPERT_WEIGHTS = ("up", "gate", "down")
+
 
 @dataclass(frozen=True)
 class MoefiedMLP:
@@ -55,6 +57,12 @@ class MoefiedMLP:
     def share(self) -> float:
         """The fraction of neurons that a token uses."""
         return self.chosen / self.experts
+
+    def idle_weights(self, width: int) -> int:
+        """Weights of the neurons that a token does not use, in a model of this width."""
+        matrices = 3 if self.gated else 2
+        unused = (self.width or 4 * width) // self.experts * (self.experts - self.chosen)
+        return matrices * unused * width
 
     def build(self, config: TransformerConfig) -> nn.Module:
         """The module `mlp`, with children `experts` and `selection`."""

@@ -19,6 +19,8 @@ from .kernels.sparse import Experts
 from .kernels.sparse.experts import neurons
 from .precision import Precision, promote_statistics
 
+SELECTION_WEIGHTS = ("centres", "first", "second")
+
 
 @dataclass(frozen=True)
 class OracleSelection:

@@ -20,6 +20,7 @@ from modicum.models import (
     run_with_cache,
     stack_layers,
 )
+from modicum.models.costs import matrix_weights
 from modicum.models.generation import generate
 from modicum.parallel.rules import axis_names
 from modicum.research.training.model_folder import load_model, save_model
@@ -130,6 +131,15 @@ def test_it_scans_trains_and_has_named_axes(random_parameters):
     assert np.any(gradients["experts"]["up"]) and not np.any(gradients["selection"]["centres"])
     names = axis_names(params, model.axes)["layers_1"]["mlp"]
     assert names["experts"]["up"] == ("experts", "mlp", "width")
+
+
+def test_a_token_pays_for_chosen_experts_and_the_router():
+    dense = matrix_weights(transformer(MLP(F, "relu")).config)
+    choice = moefied(chosen=2, selection=MLPSelection())
+    found = matrix_weights(transformer(choice).config)
+    saved, router = 2 * 2 * F * D * 4 // 6, 2 * (D * E + E * E)
+    assert found == dense - saved + router
+    assert router == choice.selection.flops(D, E)
 
 
 def test_what_cannot_be_is_named():
