@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from .. import InputError
@@ -13,6 +18,7 @@ from .. import InputError
 # Slowest network first: neighbours on the last axis are neighbours in the machine. Tensor parallelism talks
 # in every layer and stands last; pipeline stages exchange one activation per micro-batch and stand first.
 MESH_AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
+BETWEEN_SLICES = ("pipe", "data", "fsdp")  # what may cross the network that joins slices
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,23 @@ class MeshShape:
             product *= size
         return product
 
+    def over_slices(self, slices: int) -> tuple[int, ...]:
+        """Into how many parts each of `MESH_AXES` is split by the network between so many slices.
+
+        Raises InputError if pipe, data and fsdp together do not divide over them.
+        """
+        left, parts = slices, list[int]()
+        for axis in MESH_AXES:
+            parts.append(math.gcd(getattr(self, axis), left) if axis in BETWEEN_SLICES else 1)
+            left //= parts[-1]
+        if left > 1:
+            raise InputError(
+                f"mesh {self} over {slices} slices: {' x '.join(BETWEEN_SLICES)} must be a multiple of "
+                f"{slices}, as the network between slices is too slow for the other axes; "
+                f"add data={slices}"
+            )
+        return tuple(parts)
+
     def __str__(self) -> str:
         """What `parse` reads: the axes larger than 1."""
         return ",".join(f"{axis}={size}" for axis, size in self.items() if size > 1) or "data=1"
@@ -77,7 +100,11 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     Every mesh of this project is made here, because `jax.make_mesh` makes axes of type Explicit by default,
     under which Linen modules fail; ours are Auto: the compiler places what we do not.
 
-    Raises InputError if the shape does not fill the devices exactly.
+    Devices of several slices (TPU pods, NVLink domains) are laid out so that `pipe`, `data` and `fsdp`, in
+    this order, cross the slow network between them and the other axes stay inside. Several hosts of one
+    slice need nothing more: their devices follow one another, and the last axes take neighbours.
+
+    Raises InputError if the shape does not fill the devices exactly, or not so that slices stay whole.
     """
     devices = jax.devices() if devices is None else list(devices)
     if shape.size != len(devices):
@@ -85,8 +112,30 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
             f"mesh {shape} needs {shape.size} devices, {len(devices)} are here; "
             f"choose axis sizes whose product is {len(devices)}"
         )
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if len(slice_sizes(devices)) > 1:
+        return Mesh(grid_over_slices(shape, devices), MESH_AXES, axis_types=types)
     sizes = tuple(getattr(shape, axis) for axis in MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+
+
+def grid_over_slices(shape: MeshShape, devices: Sequence[Any]) -> np.ndarray:
+    """The devices of several slices as an array with the axes of `MESH_AXES`, fast axes inside slices.
+
+    Raises InputError for slices of different sizes, or if pipe, data and fsdp cannot take them.
+    """
+    counts = slice_sizes(devices)
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} of slice {index}" for index, count in sorted(counts.items()))
+        raise InputError(f"mesh {shape}: slices must have equally many devices; there are {found}")
+    outer = shape.over_slices(len(counts))
+    inner = [getattr(shape, axis) // part for axis, part in zip(MESH_AXES, outer)]
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
+
+
+def slice_sizes(devices: Sequence[Any]) -> Counter[int]:
+    """How many of the devices each slice has; devices that know of no slices are of one."""
+    return Counter(getattr(device, "slice_index", None) or 0 for device in devices)
 
 
 def _axes() -> str:
