@@ -1,6 +1,6 @@
 #!/bin/sh
 # On a machine with a Hopper GPU and jax[cuda13]: are the kernels right, and only then, how fast are they?
-#   tests/gpu.sh FOLDER     writes FOLDER/<case>/ for each case of the table in docs/kernels.md
+#   tests/gpu.sh FOLDER     writes FOLDER/<case>/ for each case of the table in docs/kernels.md, and of decoding
 set -e
 out=$(mkdir -p "${1:?give a folder for the tables}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -9,6 +9,8 @@ export JAX_PLATFORMS=cuda,cpu
 
 $python -c 'import jax; d = jax.devices()[0]; assert str(d.compute_capability).startswith("9."), f"{d} is no Hopper GPU"'
 $python -m pytest -m gpu -q -rs tests/models/kernels
+
+$python -m modicum.experiments.bench.decode_gpu --out "$out/decode"
 
 bench() {
     name=$1

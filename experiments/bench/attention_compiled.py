@@ -28,7 +28,10 @@ NEEDED = ("jax_cuda13_plugin", "jax_plugins.xla_cuda13")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One attention: B=2, 16 heads, sequences of 4096; `terms` makes its terms from an array maker."""
+    """One attention: B=2, 16 heads, sequences of 4096; `terms` makes its terms from an array maker.
+
+    With a `page` it is a step of decoding, a query a row on a cache in pages of so many keys.
+    """
 
     name: str
     width: int
@@ -38,6 +41,7 @@ class Shape:
     batch: int = 2
     heads: int = 16
     length: int = 4096
+    page: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +92,8 @@ def shapes() -> Iterator[Shape]:
         for name, terms in kinds.items():
             yield Shape(f"{name}, K={width}", width, terms)
         yield Shape(f"causal, 4 of 16 heads, K={width}", width, kinds["causal"], kv_heads=4)
+        yield Shape(f"decoding, 4 of 16 heads, K={width}", width, kinds["causal"], kv_heads=4, page=16)
+        yield Shape(f"decoding, ALiBi, K={width}", width, kinds["causal, ALiBi"], kv_heads=1, page=64)
     yield Shape("causal, float16, K=128", 128, kinds["causal"], dtype="float16")
 
 
@@ -131,7 +137,7 @@ def compile_shape(shape: Shape) -> list[CompiledKernel]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(dict(zip(flags, (folder, "1", "1"))))
         try:
-            _compile(shape)
+            _compile_decoding(shape) if shape.page else _compile(shape)
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -160,6 +166,22 @@ def _compile(shape: Shape) -> None:
         return out, pull((d_out, jnp.zeros_like(lse)))
 
     jax.jit(both).lower(q, k, k, shape.terms(make, shape.width), q).compile()
+
+
+def _compile_decoding(shape: Shape) -> None:
+    import jax
+
+    from ...models.kernels import Paged
+    from ...models.kernels.hopper.decoding import HopperPages
+
+    make, room = _maker(), shape.length // shape.page
+    pages = Paged(
+        make((shape.batch * room, shape.page, shape.kv_heads, shape.width), shape.dtype),
+        make((shape.batch, room), "int32"),
+    )
+    q, lengths = make((shape.batch, 1, shape.heads, shape.width), shape.dtype), make((shape.batch,), "int32")
+    terms = shape.terms(make, shape.width)
+    jax.jit(HopperPages().__call__).lower(q, pages, pages, lengths, terms).compile()
 
 
 @functools.cache
@@ -208,7 +230,8 @@ def as_text(kernels: list[CompiledKernel]) -> str:
     return f"""# Our Hopper attention kernels, compiled for an H100
 
 By `modicum bench attention-compiled` with JAX {jax.__version__} on a machine without a GPU: bfloat16 where
-nothing else is said, B=2, T=S=4096, 16 heads of queries. Registers are a thread's at launch; the two
+nothing else is said, B=2, T=S=4096 (T=1 in decoding), 16 heads of queries. Registers are a thread's at
+launch; but for decoding, where a block is one warpgroup, the two
 warpgroups that compute then take 240 each and the one that copies 24. A block may have
 {SHARED_MEMORY_LIMIT / 1024:.0f} KiB of shared memory. {whole} of {len(kernels)} kernels need no more
 registers; the others are short of a few beside the accumulators of dk and dv. Speed is not known from this.

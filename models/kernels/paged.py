@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ... import InputError
+from .hopper.decoding import HopperPages
 from .masks import Lengths
 from .reference import Reference
 from .registry import pick
@@ -91,7 +92,7 @@ class Gathered:
         return Reference()(q, keys, values, dataclasses.replace(terms, mask=terms.mask & Lengths(lengths)))
 
 
-DECODERS: tuple[Decoder, ...] = (Pages(), Gathered())
+DECODERS: tuple[Decoder, ...] = (Pages(), HopperPages(), Gathered())
 
 
 @functools.lru_cache(maxsize=1024)

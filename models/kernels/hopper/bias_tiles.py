@@ -38,13 +38,15 @@ class Slopes:
         key_axis: int,
     ) -> Array:
         """How far apart the queries and keys of a tile are, float32."""
-        keys = operations.positions(shape[key_axis], key_axis) + (first_key - first_query - self.offset)
-        queries = operations.positions(shape[1 - key_axis], 1 - key_axis)
+        apart = first_key - first_query - self.offset
+        rows = operations.positions(shape[0], 0)
+        # a thread has many columns: where they differ from tile to tile, they are not kept between tiles
+        columns = operations.positions(shape[1], 1) + (apart if key_axis == 1 else -apart)
         spread = [
             lax.broadcast_in_dim(x.astype(jnp.float32), shape, [axis])
-            for x, axis in ((keys, key_axis), (queries, 1 - key_axis))
+            for axis, x in enumerate((rows, columns))
         ]
-        return jnp.abs(spread[0] - spread[1])
+        return jnp.abs(spread[1] - spread[0])
 
 
 @structural

@@ -67,12 +67,10 @@ def _compute(block: QueryBlock, scratch: _Scratch, out: Ref, lse: Ref) -> None:
     plgpu.barrier_wait(loaded)
     pl.when(block.bounds.first < block.bounds.end)(lambda: block.rings.keys.wait(0))
     pl.when(block.warpgroup == 1)(lambda: _take_turns(scratch.turn))
-    total, top, weights = _over_keys(block, scratch.turn, queries)
+    found = _over_keys(block, scratch.turn, queries)
     pl.when(block.warpgroup == 0)(lambda: _take_turns(scratch.turn))
-    empty = weights == 0
-    inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, weights))
-    queries[...] = (total * along(inverse, total.shape, 0)).astype(queries.dtype)
-    sums[...] = jnp.where(empty, -jnp.inf, top * jnp.log(2.0) + jnp.log(weights))
+    value, log_sum = finished(found)
+    queries[...], sums[...] = value.astype(queries.dtype), log_sum
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(queries, out.at[block.batch, block.rows, block.head])
     plgpu.copy_smem_to_gmem(sums, lse.at[block.batch, block.head, block.rows])
@@ -103,7 +101,7 @@ def _step(block: QueryBlock, turn: Ref, queries: Ref, visible: Visible, tile: Ar
     keys.release(slot)
     # a row of a tile may be minus infinity
     no_key = block.operands.mask.bounds is not None or isinstance(block.operands.bias, BiasTiles)
-    total, top, weights, low = _softmax(sums, value, factor, no_key)
+    total, top, weights, low = softmax(sums, value, factor, no_key)
     low = low.astype(block.problem.dtype)
     total, weights, top, low = lax.optimization_barrier((total, weights, top, low))
     plgpu.barrier_arrive(turn)
@@ -115,7 +113,7 @@ def _step(block: QueryBlock, turn: Ref, queries: Ref, visible: Visible, tile: Ar
     return total, top, weights
 
 
-def _softmax(sums: Sums, value: Array, factor: float, no_key: bool) -> tuple[Array, Array, Array, Array]:
+def softmax(sums: Sums, value: Array, factor: float, no_key: bool) -> tuple[Array, Array, Array, Array]:
     """The sums before a tile at its new maximum, the sum of weights with the tile, and the tile's weights."""
     total, top, weights = sums
     old, top = top, jnp.maximum(top, value.max(axis=1) * factor)
@@ -123,6 +121,15 @@ def _softmax(sums: Sums, value: Array, factor: float, no_key: bool) -> tuple[Arr
     shrink = jnp.exp2(old - base)
     low = jnp.exp2(value * factor - along(base, value.shape, 0))
     return total * along(shrink, total.shape, 0), top, weights * shrink + low.sum(axis=1), low
+
+
+def finished(sums: Sums) -> tuple[Array, Array]:
+    """The weighted mean of values, and the natural log-sum-exp; 0 and -inf of no key."""
+    total, top, weights = sums
+    empty = weights == 0
+    inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, weights))
+    log_sum = jnp.where(empty, -jnp.inf, top * jnp.log(2.0) + jnp.log(weights))
+    return total * along(inverse, total.shape, 0), log_sum
 
 
 def _wait_for_next(block: QueryBlock, tile: Array) -> None:

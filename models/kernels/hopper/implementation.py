@@ -17,7 +17,7 @@ from ..ranges import no_ranges
 from ..request import PARTITIONED, Request
 from ..terms import Terms
 
-_TYPES = ("bfloat16", "float16")
+TYPES = ("bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Hopper:
 
     def supports(self, request: Request) -> str | None:
         """A Hopper GPU, 16-bit inputs, widths up to 128, masks that are a range of keys a query."""
-        if self.interpret is None and (reason := _no_hopper(request.platform)):
+        if self.interpret is None and (reason := no_hopper(request.platform)):
             return reason
-        if request.dtype not in _TYPES:
-            return f"its matrix products are of {' or '.join(_TYPES)}, not {request.dtype}"
+        if request.dtype not in TYPES:
+            return f"its matrix products are of {' or '.join(TYPES)}, not {request.dtype}"
         if max(request.width, request.value_width) > 128:
             return f"its tiles hold widths up to 128, not {max(request.width, request.value_width)}"
         if request.dropout:
@@ -59,7 +59,8 @@ class Hopper:
         return padded_attention(q, k, v, terms, self.interpret)
 
 
-def _no_hopper(platform: str) -> str | None:
+def no_hopper(platform: str) -> str | None:
+    """Why a platform, as JAX calls it, has no Hopper GPU, or None."""
     if platform != "gpu":
         return f"it is for Hopper GPUs, and this is a {platform}"
     capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))

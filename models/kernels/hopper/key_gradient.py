@@ -23,7 +23,7 @@ from .problem import CONSUMERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_COPY, Problem
 from .query_block import Operands
 from .query_gradient import Gradients
 from .ring import Index, Ring, copy_all
-from .scores import Scores, mask_scores, score_gradient, scores, weigh
+from .scores import Scores, along, mask_scores, score_gradient, scores, weigh
 
 Totals = tuple[Array, Array]
 
@@ -56,6 +56,12 @@ class _Block(NamedTuple):
     def first_key(self) -> Array:
         """The first of this warpgroup's keys."""
         return (self.tile * CONSUMERS + self.warpgroup) * self.tiles.keys
+
+    def place(self, step: Index) -> tuple[Index, Index]:
+        """The member of the group and the tile of queries of a step; one loop for both saves registers."""
+        if self.problem.group == 1:
+            return 0, step + self.bounds.first
+        return lax.div(step, self.steps), lax.rem(step, self.steps) + self.bounds.first
 
     def query_head(self, member: Index) -> Index:
         """The head of queries that is a given member of the group of this block's head."""
@@ -112,7 +118,7 @@ def _copy(block: _Block) -> None:
     operands, gradients, size = block.operands, block.gradients, block.tiles.queries
 
     def sources(step: Index) -> Any:
-        member, tile = lax.div(step, block.steps), lax.rem(step, block.steps) + block.bounds.first
+        member, tile = block.place(step)
         head, rows = block.query_head(member), pl.ds(tile * size, size)
         wide, narrow = (block.batch, rows, head), (block.batch, head, rows)
         references = operands.q.at[wide], gradients.d_out.at[wide]
@@ -132,11 +138,8 @@ def _compute(block: _Block, dk: Ref, dv: Ref) -> None:
     plgpu.barrier_wait(loaded)
     zeros = problem.operations.filled_tile((block.tiles.keys, problem.width), 0)
 
-    def of_member(member: Array, totals: Totals) -> Totals:
-        step = functools.partial(_step, block, (keys, values), member)
-        return lax.fori_loop(block.bounds.first, block.bounds.end, step, totals)
-
-    d_keys, d_values = lax.fori_loop(0, problem.group, of_member, (zeros, zeros))
+    step = functools.partial(_step, block, (keys, values))
+    d_keys, d_values = lax.fori_loop(0, problem.group * block.steps, step, (zeros, zeros))
     keys[...] = (d_keys * problem.scale).astype(keys.dtype)
     values[...] = d_values.astype(values.dtype)
     plgpu.commit_smem()
@@ -145,30 +148,65 @@ def _compute(block: _Block, dk: Ref, dv: Ref) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _step(block: _Block, held: tuple[Ref, Ref], member: Array, tile: Array, totals: Totals) -> Totals:
-    problem, operations, ring = block.problem, block.problem.operations, block.scratch.queries
-    (keys, values), (d_keys, d_values) = held, totals
-    slot = ring.slot(member * block.steps + tile - block.bounds.first)
+def _step(block: _Block, held: tuple[Ref, Ref], number: Array, totals: Totals) -> Totals:
+    ring = block.scratch.queries
+    slot = ring.slot(number)
     ring.wait(slot)
-    queries, d_out, lse, delta = (buffer.at[slot] for buffer in ring.buffers[:4])
+    compute = _one_by_one if block.problem.width > 64 else _two_at_once
+    totals = compute(block, held, slot, block.place(number), totals)
+    ring.release(slot)
+    return totals
+
+
+def _two_at_once(
+    block: _Block, held: tuple[Ref, Ref], slot: Array, place: tuple[Index, Index], totals: Totals
+) -> Totals:
+    """The sums with a tile; the tensor cores are busy while exponentials are taken."""
+    problem, operations, (keys, values) = block.problem, block.problem.operations, held
+    queries, d_out, lse, delta = (buffer.at[slot] for buffer in block.scratch.queries.buffers[:4])
 
     def respond(products: Array) -> tuple[Array, Array]:
-        found = _scores(block, slot, member, tile, products)
+        found = _scores(block, slot, place, products)
         weights, response = weigh(problem, found, operations.column_values(lse), 1)
         return weights.astype(problem.dtype), response
 
-    if problem.width > 64:  # one product after the other, for want of registers
-        weights, response = respond(operations.product(keys, queries))
-        d_values = operations.add_product(d_values, weights, d_out)
-        d_scores = _score_gradient(block, response, operations.product(values, d_out), delta)
-        d_keys = operations.add_product(d_keys, d_scores, queries)
-    else:
-        (weights, response), d_weights = operations.two_products((keys, queries), (values, d_out), respond)
-        d_scores = _score_gradient(block, response, d_weights, delta)
-        pairs = (d_scores, queries), (weights, d_out)
-        d_keys, d_values = operations.add_two_products(totals, pairs)
-    ring.release(slot)
-    return d_keys, d_values
+    (weights, response), d_weights = operations.two_products((keys, queries), (values, d_out), respond)
+    d_scores = _score_gradient(block, response, d_weights, delta)
+    return operations.add_two_products(totals, ((d_scores, queries), (weights, d_out)))
+
+
+def _one_by_one(
+    block: _Block, held: tuple[Ref, Ref], slot: Array, place: tuple[Index, Index], totals: Totals
+) -> Totals:
+    """The same, one product after the other, where the sums leave few registers.
+
+    The barriers keep the compiler from doing early what is needed late. With a soft cap the exponentials are
+    taken twice, as scores and what follows from them do not fit at once.
+    """
+    problem, operations = block.problem, block.problem.operations
+    (keys, values), (d_keys, d_values) = held, totals
+    queries, d_out, _, delta = (buffer.at[slot] for buffer in block.scratch.queries.buffers[:4])
+    found = _scores(block, slot, place, operations.product(keys, queries))
+
+    def respond(value: Array, slot: Array) -> tuple[Array, Array]:
+        lse = operations.column_values(block.scratch.queries.buffers[2].at[slot])
+        return weigh(problem, found._replace(value=value), lse, 1)
+
+    value, later = found.value, slot
+    if problem.soft_cap is None:
+        value, later = lax.optimization_barrier((value, later))
+    weights, response = respond(value, later)
+    low = weights.astype(problem.dtype)
+    if problem.soft_cap is not None:
+        value, low, later = lax.optimization_barrier((value, low, slot))
+    d_values = operations.add_product(d_values, low, d_out)
+    # delta is taken off first: then it needs no registers of its own
+    less = along(-operations.column_values(delta), found.value.shape, 1)
+    d_weights = operations.product_from(less, values, d_out)
+    if problem.soft_cap is not None:
+        response = respond(value, later)[1]
+    d_scores = (response * d_weights).astype(problem.dtype)
+    return operations.add_product(d_keys, d_scores, queries), d_values
 
 
 def _score_gradient(block: _Block, response: Array, d_weights: Array, delta: Ref) -> Array:
@@ -176,8 +214,9 @@ def _score_gradient(block: _Block, response: Array, d_weights: Array, delta: Ref
     return score_gradient(response, d_weights, values, 1).astype(block.problem.dtype)
 
 
-def _scores(block: _Block, slot: Array, member: Array, tile: Array, products: Array) -> Scores:
+def _scores(block: _Block, slot: Array, place: tuple[Index, Index], products: Array) -> Scores:
     operands, operations, sizes = block.operands, block.problem.operations, block.tiles
+    member, tile = place
     first_query, distance = tile * sizes.queries, None
     if isinstance(operands.bias, Slopes):
         distance = operands.bias.distance(operations, products.shape, first_query, block.first_key, 0)

@@ -82,6 +82,14 @@ class Warpgroup:
 
         return pl.run_state(compute)(plgpu.ACC.init(total))
 
+    def product_from(self, start: Array, a: Ref, b: Ref) -> Array:
+        """`start [m, n]` plus `product(a, b)`."""
+
+        def compute(accumulator: Ref) -> None:
+            plgpu.wgmma(accumulator, a, plgpu.transpose_ref(b, (1, 0)))
+
+        return pl.run_state(compute)(plgpu.ACC.init(start))
+
     def two_products(
         self, first: tuple[Ref, Ref], second: tuple[Ref, Ref], between: Callable[[Array], Any]
     ) -> tuple[Any, Array]:
@@ -149,6 +157,10 @@ class Interpreted(Warpgroup):
         value = total + _dot(a, b[...])
         meanwhile()
         return value
+
+    def product_from(self, start: Array, a: Ref, b: Ref) -> Array:
+        """In plain arithmetic."""
+        return start + self.product(a, b)
 
     def two_products(
         self, first: tuple[Ref, Ref], second: tuple[Ref, Ref], between: Callable[[Array], Any]

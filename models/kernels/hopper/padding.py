@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from ..biases import Bias
+from ..biases import ALiBi, Bias
 from ..merging import merge_sinks
 from ..ranges import ranges
 from ..terms import Terms
@@ -51,7 +51,7 @@ def plan(width: int, bias: Bias | None) -> Plan:
     """
     narrow = width <= 64
     forward = Tiles(64, 128 if bias is None else 64, 4 if narrow else 2)
-    backward = Tiles(64, 64, 3 if narrow or bias is None else 2)
+    backward = Tiles(64, 64, 3 if narrow or bias is None or isinstance(bias, ALiBi) else 2)
     return Plan(forward, backward, backward, Tiles(64, 64, 3 if narrow else 2))
 
 

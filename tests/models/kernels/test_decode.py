@@ -133,7 +133,7 @@ def test_an_empty_row_gives_nothing():
         ({"lengths": jnp.ones(2, int)}, r"lengths are int32\[2\]; they must be int32 \[3\]"),
         ({"q": jnp.ones((3, 1, 3, 4))}, r"q \[3, 1, 3, 4\] and keys \[3, 12, 2, 4\]"),
         ({"mask": Causal(jnp.zeros(2, int))}, r"Causal.offset has shape \[2\]"),
-        ({"impl": "pallas"}, "impl='pallas' is unknown; valid are auto, tpu, gathered"),
+        ({"impl": "pallas"}, "impl='pallas' is unknown; valid are auto, tpu, hopper, gathered"),
         ({"k": Paged(jnp.ones((3, 2)), jnp.ones((3, 2), int))}, r"k.pages has shape \[3, 2\]"),
         ({"k": Joined(jnp.ones((6, 7, 4)), 2)}, "k and v have one form"),
     ],

@@ -132,7 +132,7 @@ def draw(*shape: int) -> np.ndarray:
 MIXED = Segments(np.random.default_rng(3).integers(0, 3, (1, 128)).astype(np.int32))
 CASES = (
     Case("full", Full(), 128, 256, dtype=jnp.float16),
-    Case("causal, groups, sinks, soft cap", Causal(128), 128, 256, sinks=True, soft_cap=5.0),
+    Case("causal, groups, sinks, soft cap", Causal(128), 128, 256, width=128, sinks=True, soft_cap=5.0),
     Case("packed causal, ragged", Causal() & packed(1, 200), 200, 200, heads=1, width=40),
     Case("window", Window(70, 0), heads=1),
     Case("lengths, one 0, of mixed segments", Lengths(np.array([0, 70])) & MIXED, 128, 128, batch=2, heads=1),

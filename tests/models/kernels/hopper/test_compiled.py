@@ -16,12 +16,8 @@ from modicum.experiments.bench.attention_compiled import SHARED_MEMORY_LIMIT, sh
 
 pytestmark = pytest.mark.gpu_aot
 
-# bytes that do not fit beside the accumulators of dk and dv, 128 of 240 registers: to be got rid of
-SPILLED = {
-    ("causal, soft cap, K=128", "attention_key_gradient"): 48,
-    ("causal, ALiBi, K=128", "attention_key_gradient"): 40,
-    ("causal, 4 of 16 heads, K=128", "attention_key_gradient"): 24,
-}
+# one register a thread that does not fit beside the accumulators of dk and dv, 128 of 240: to be got rid of
+SPILLED = {("causal, ALiBi, K=128", "attention_key_gradient"): 8}
 PROGRAM = """
 import dataclasses, json, sys
 from modicum.experiments.bench.attention_compiled import compile_shape, missing, shapes
@@ -54,10 +50,13 @@ def test_kernels_keep_to_registers_and_shared_memory(width):
     for kernel in kernels:
         spilled = kernel["spill_stores"] + kernel["spill_loads"]
         assert spilled <= SPILLED.get((kernel["shape"], kernel["kernel"]), 0), kernel
-        assert 0 < kernel["registers"] <= 168, kernel  # three warpgroups' even share of 65536
+        # three warpgroups' even share of 65536; of one, that two blocks fit a multiprocessor
+        most = 255 if kernel["kernel"] == "attention_pages" else 168
+        assert 0 < kernel["registers"] <= most, kernel
         assert 0 < kernel["shared_memory"] <= SHARED_MEMORY_LIMIT, kernel
     for name in names:
         parts = [kernel["kernel"] for kernel in kernels if kernel["shape"] == name]
         wanted = {"attention_forward", "attention_query_gradient", "attention_key_gradient"}
+        wanted = {"attention_pages"} if name.startswith("decoding") else wanted
         assert set(parts) - {"attention_bias_gradient"} == wanted
         assert ("attention_bias_gradient" in parts) == (name.startswith(("causal, dense", "bucketed")))

@@ -11,9 +11,8 @@ from modicum.models.kernels.hopper import Hopper
 
 from .cases import CASES, assert_within_twice_plain
 
-# the interpreter compiles a kernel again for each thread of each block
-pytestmark = pytest.mark.usefixtures("quick_compile")
-# and so takes three seconds a block: some cases are for GPUs alone
+pytestmark = pytest.mark.usefixtures("quick_compile", "compiled_once")
+# some cases take long, and what they alone would show only a GPU does
 ALONE = ("full", "window", "prefix, longer keys", "no key for most", "bucketed bias, far tiles")
 INTERPRETED = Hopper(interpret=InterpretGPUParams(detect_races=True))
 
