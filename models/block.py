@@ -1,7 +1,8 @@
-"""One layer of a Transformer, and a stack of them, unrolled or scanned."""
+"""One layer of a Transformer; `stack` has them one after another."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -33,7 +34,15 @@ class Context:
     train: bool = struct.field(pytree_node=False, default=False)
 
 
-class Block(nn.Module):
+class Stacked(nn.Module):
+    """The body of a scan over layers."""
+
+    def stacked(self, run: Callable[..., jax.Array], x: jax.Array, context: Context) -> jax.Array:
+        """`run(self, x, context)`, which runs all layers of the stack: a method, there to be intercepted."""
+        return run(self, x, context)
+
+
+class Block(Stacked):
     """Self-attention, cross-attention where there is a memory, and a feed-forward layer.
 
     Hooks `middle` and `residual` see the stream after attention and at the end, `[B, T, D]`. With `read [B]`,
@@ -83,59 +92,3 @@ class Block(nn.Module):
 
     def _drop(self, x: jax.Array, context: Context) -> jax.Array:
         return nn.Dropout(self.config.dropout, deterministic=not context.train)(x)
-
-
-class Period(nn.Module):
-    """The layers of one period of the pattern, as the body of a scan."""
-
-    config: TransformerConfig
-    cross: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
-        for index in range(self.config.period):
-            x, _ = Block(self.config, index, self.cross, name=f"layer_{index}")(x, context)
-        return x, None
-
-
-def apply_layers(
-    config: TransformerConfig,
-    x: jax.Array,
-    context: Context,
-    cross: bool = False,
-    read: jax.Array | None = None,
-) -> jax.Array:
-    """Run the stack inside the calling module's compact method.
-
-    Unrolled, the layers are its children `layers_0`, `layers_1`, ...; scanned, they are one child
-    `layers` whose parameters have a leading axis over layers (over periods, with the layers of a period
-    called `layer_0`, ..., where the configuration has a pattern). `read [B]`: of the unrolled stack's output
-    only these tokens are needed, `[B, 1, D]`.
-    """
-    if config.scan:
-        return _scanned(config, cross)(x, context)[0]
-    block = _remat(Block, config)
-    layers = config.depth_of_decoder if cross else config.layers
-    for index in range(layers):
-        needed = read if index == layers - 1 else None
-        x, _ = block(config, index % config.period, cross, name=f"layers_{index}")(x, context, needed)
-    return x
-
-
-def _scanned(config: TransformerConfig, cross: bool) -> Any:
-    body = Block if config.period == 1 else Period
-    scan = nn.scan(
-        _remat(body, config),
-        variable_axes={True: 0},  # parameters, the cache, and whatever hooks sow
-        split_rngs={True: True},
-        in_axes=nn.broadcast,
-        length=(config.depth_of_decoder if cross else config.layers) // config.period,
-    )
-    return scan(config, cross=cross, name="layers")
-
-
-def _remat(module: type[nn.Module], config: TransformerConfig) -> Any:
-    if config.remat == "none":
-        return module
-    policy = jax.checkpoint_policies.dots_saveable if config.remat == "dots" else None
-    return nn.remat(module, policy=policy, prevent_cse=not config.scan)

@@ -18,12 +18,12 @@ from .norms import LayerNorm, Norm
 from .positions import Learned, Positions
 from .precision import Precision
 from .products import dense_product, scaled_product
+from .remat import Runs, remat_runs
 from .residuals import PreNorm, Residual
 
 FeedForward = MLP | GatedMLP | MoefiedMLP | RoutedMLP
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 KINDS = ("decoder", "encoder", "encoder-decoder")
-REMAT = ("none", "full", "dots")
 SUBLAYERS = ("attention", "mlp")
 
 
@@ -51,8 +51,8 @@ class TransformerConfig:
     `layers` counts each stack's layers, `decoder_layers` the decoder's of an encoder-decoder where it has
     another number. `pattern` gives layers that differ, repeated to the full depth
     (two entries: even and odd layers). `scan` runs the layers as one scanned body with stacked
-    parameters: compile time does not grow with depth. `remat` recomputes in the backward pass: "full"
-    each layer, "dots" all but matrix products.
+    parameters: compile time does not grow with depth. `remat` is what the backward pass computes again, a
+    name from `remat` for all layers or runs of layers such as "full:8,none:4".
 
     The embedding table has a row for each word, then `input_rows` that are inputs only (CPM-Ant's prompts),
     padded to a `vocab_multiple`; only words have logits. Its rows are `embedding_width` wide (0: D; else a
@@ -84,7 +84,7 @@ class TransformerConfig:
     dropout: float = 0.0
     initial_std: float = 0.02
     scan: bool = False
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: str = "none"
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
@@ -96,8 +96,7 @@ class TransformerConfig:
                 raise InputError(f"{field}={getattr(self, field)} must be at least 0")
         if self.kind not in KINDS:
             raise InputError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}")
-        if self.remat not in REMAT:
-            raise InputError(f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
+        self._check_remat()
         for depth in (self.layers, self.depth_of_decoder):
             if depth % self.period:
                 raise InputError(f"{depth} layers are not a multiple of the pattern's {self.period}")
@@ -110,6 +109,20 @@ class TransformerConfig:
     def period(self) -> int:
         """How many layers the pattern has before it repeats."""
         return max(1, len(self.pattern))
+
+    @property
+    def remat_runs(self) -> Runs:
+        """(policy, layers) from the first layer on."""
+        return remat_runs(self.remat, self.layers)
+
+    def _check_remat(self) -> None:
+        runs = self.remat_runs
+        if len(runs) > 1 and self.kind == "encoder-decoder":
+            raise InputError(f"remat={self.remat!r}: an encoder-decoder takes one policy for all layers")
+        if self.scan and any(count % self.period for _, count in runs):
+            raise InputError(
+                f"remat={self.remat!r}: scanned layers come in periods of {self.period} with one policy each"
+            )
 
     @property
     def depth_of_decoder(self) -> int:

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from .. import InputError
 from .axes import TRANSFORMER_AXES, AxisTable
-from .block import apply_layers
 from .cache import COLLECTION, Cache
 from .config import TransformerConfig
 from .embedding import Embedding, embed
@@ -26,6 +25,7 @@ from .heads import ClassifierHead, Head, LanguageModelHead
 from .kernels import Mask, Segments
 from .model import LinenModel, Params
 from .place import Place
+from .stack import apply_layers
 
 
 @dataclass(frozen=True)

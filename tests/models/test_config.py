@@ -21,7 +21,7 @@ CONFIG = TransformerConfig(layers=4, width=8, vocab=11, attention=multi_head(2))
         ({"vocab": 0}, "vocab=0 must be at least 1"),
         ({"vocab_multiple": 0}, "vocab_multiple=0 must be at least 1"),
         ({"kind": "prefix"}, "kind='prefix' is not one of decoder, encoder, encoder-decoder"),
-        ({"remat": "some"}, "remat='some' is not one of none, full, dots"),
+        ({"remat": "some"}, "remat='some' is not one of none, dots, mlp, middle, full, offload, nor runs"),
         ({"pattern": (Layer(),) * 3}, "4 layers are not a multiple of the pattern's 3"),
         ({"dropout": 1.0}, r"dropout=1.0 must be at least 0 and below 1"),
         ({"width": 9}, "width 9 is not a multiple of 2 heads; set head_width"),
