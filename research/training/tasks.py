@@ -18,6 +18,7 @@ from ...models.costs import training_flops_per_token
 from ...models.extended import ExtendedHead
 from ...models.heads import DeferredHead, LanguageModelHead, MaskedLanguageModelHead
 from ...models.model import Params
+from ...models.placement import placed
 from ...models.precision import policy
 from ...models.transformer import Transformer
 from ...models.word_losses import WordSplit
@@ -61,7 +62,7 @@ def language_model_job(
         return model.init(rng, example) if initial is None else start
 
     loss = _language_modelling(model, config, layout)
-    sums_of = make_evaluation(loss)
+    sums_of = make_evaluation(placed(loss, layout))
     return Job(
         loss=loss,
         init=init,
@@ -99,7 +100,7 @@ def tuning_job(
     _require_precision(model, config)
     batches = local_batches(rows, config, layout)
     loss = loss_of(full_tuning(model)) if tuned is None else penalised(loss_of(delta_tuning(tuned)), tuned)
-    sums_of = sums_of or make_evaluation(loss)
+    sums_of = sums_of or make_evaluation(placed(loss, layout))
     job = Job(
         loss=loss,
         init=lambda rng, initial: initial,
