@@ -16,6 +16,7 @@ import jax
 from ... import InputError
 from ...models.heads import ClassifierHead
 from ...models.model import Params
+from ...models.placement import placed
 from ...models.transformer import Transformer
 from ...parallel.batches import on_host
 from ...parallel.layout import Layout
@@ -271,7 +272,8 @@ def _measured(
     sums_of, frozen, means = job.sums_of, job.frozen, dict(dev)
     if delta is not None and task.settle is not None:
         best, frozen = delta.variables["delta"], delta.frozen
-        sums_of = make_evaluation(LOSSES[task.kind][0](delta_tuning(delta.tuned)))
+        loss = LOSSES[task.kind][0](delta_tuning(delta.tuned))
+        sums_of = make_evaluation(placed(loss, layout))
     frozen = jax.device_put(frozen, layout.parameters(frozen, job.axes))
     if task.settle is not None:
         evaluated = evaluation_of(sums_of, task.rows["dev"], layout)
