@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from .. import InputError
 from ..models.costs import abstract_parameters
 from ..models.placement import placed
 from ..models.precision import BF16, Precision
@@ -26,6 +24,7 @@ from ..models.presets import preset
 from ..models.transformer import Transformer
 from ..parallel.layout import Layout
 from ..parallel.mesh import MeshShape, make_mesh
+from ..parallel.plan.target import tpu_devices
 from ..parallel.rules import AxisTable
 from ..research.delta import BitFit, LayerNormTuning, LoRA, Prefix, Spec, attach, delta_axes
 from ..research.delta.summary import parameter_count
@@ -48,12 +47,6 @@ METHODS: dict[str, Callable[[], Spec]] = {
 FROZEN = Precision("bfloat16", "bfloat16", "float32")
 EXHAUSTED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
 GIB = 2.0**30
-# Else libtpu asks the network which machine of a pod this is, and waits for an answer.
-ALONE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-}
 
 
 @dataclass(frozen=True)
@@ -87,19 +80,7 @@ def devices_of(topology: str) -> list[Any]:
 
     Raises `InputError` where libtpu is absent or does not know the topology.
     """
-    if not topology:
-        return jax.local_devices()[:1]
-    from jax.experimental import topologies
-
-    for name, value in ALONE.items():
-        os.environ.setdefault(name, value)
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"topology {topology!r}: {reason}; with libtpu (pip install libtpu) v5p:2x2x1 is valid"
-        ) from error
+    return tpu_devices(topology) if topology else jax.local_devices()[:1]
 
 
 def measure_memory(case: MemoryCase, devices: list[Any]) -> MemoryFound:

@@ -1,11 +1,12 @@
-"""`modicum plan PRESET`: what fits on what, how fast, at what price; nothing is compiled, no device is
-used.
+"""`modicum plan PRESET`: what fits on what, how fast, at what price, and with --compile its proof; no device
+is used.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
@@ -14,7 +15,10 @@ from ... import InputError
 
 if TYPE_CHECKING:
     from ...models.config import TransformerConfig
-    from ...parallel.plan import Search
+    from ...parallel.plan import Job, Search
+    from ...parallel.plan import Plan as PlanFound
+
+DESCRIPTIONS = Path(__file__).parents[1] / "bench"  # XLA's of GPUs to compile for
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,18 @@ class Plan:
     """Tokens to train on, for days and cost."""
     price: float | None = None
     """US dollars a chip-hour; by default the list price, where one is known."""
-    recipe: Literal["modicum", "mixed", "bmtrain", "lean"] = "mixed"
-    """Bytes a parameter: modicum 16 and a copy (all float32), mixed 16, bmtrain 14, lean 12."""
+    recipe: Literal["modicum", "mixed", "bmtrain", "lean"] | None = None
+    """Bytes a parameter: modicum 16 and a copy (all float32), mixed 16, bmtrain 14, lean 12; by default
+    mixed, and with --compile modicum, which is what `modicum train` holds."""
     axes: tuple[Literal["data", "fsdp", "tensor", "context", "pipe"], ...] = ("data", "fsdp", "tensor")
     """Mesh axes that the search may use."""
     mesh: str = ""
     """Plan this mesh only, such as fsdp=16,tensor=4."""
-    remat: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
-    """What a layer's backward pass may compute again: nothing, all but products, everything."""
+    remat: tuple[Literal["none", "dots", "mlp", "middle", "full"], ...] = (
+        *("none", "dots", "mlp", "middle"),
+        "full",
+    )
+    """What a layer's backward pass may compute again, as in `modicum train --remat`."""
     offload: bool = False
     """Also consider the host's memory, for optimizer state and activations."""
     chunked_loss: bool = False
@@ -57,6 +65,8 @@ class Plan:
     """Share of the peak that matrix products reach."""
     smallest: bool = False
     """Instead: the smallest slice of the chip on which this fits."""
+    compile: bool = False
+    """Also compile the train step for this slice, which need not be here (package libtpu, extra tpu)."""
     serve: bool = False
     """Instead: prefill, decoding and cost by batch, with `--seq` tokens of context."""
     serve_batch: tuple[int, ...] = (1, 8, 32, 128, 512)
@@ -94,7 +104,7 @@ class Plan:
         from ...research.planning.report import plan_text
         from ...research.planning.tables import layer_table
 
-        bytes_each, on = recipe(self.recipe), chip(self.chip)
+        bytes_each, on = recipe(self._recipe()), chip(self.chip)
         topology = Topology.parse(on, self.topology)
         search = self._search()
         table = layer_table(
@@ -103,7 +113,7 @@ class Plan:
             bytes_each,
             name=self.model,
             flash=not self.stored_scores,
-            chunked=self.chunked_loss,
+            chunked=None if self._recipe() == "modicum" and not self.chunked_loss else self.chunked_loss,
         )
         job = Job(table, bytes_each, self.batch, length)
         if self.smallest:
@@ -112,7 +122,32 @@ class Plan:
                 mesh = f" with mesh {self.mesh}" if self.mesh else ""
                 raise InputError(f"{self.model} at batch {self.batch}{mesh} fits no slice of {self.chip}")
             topology = least.topology
-        return plan_text(job, search.plans(job, topology), self.tokens, self.price)
+        plans = search.plans(job, topology)
+        text = plan_text(job, plans, self.tokens, self.price)
+        return text + self._proof(config, job, plans[0]) if self._recipe() == "modicum" else text
+
+    def _recipe(self) -> str:
+        if self.compile and self.recipe not in (None, "modicum"):
+            raise InputError(
+                f"recipe {self.recipe} is not what `modicum train` holds; --compile takes recipe modicum"
+            )
+        return self.recipe or ("modicum" if self.compile else "mixed")
+
+    def _proof(self, config: TransformerConfig, job: Job, plan: PlanFound) -> str:
+        """The command that trains by the plan and, asked for, what its compiler says."""
+        from ...parallel.plan.target import target_devices
+        from ...research.planning.compiled import lower_plan, prove, trained_config, trained_remat
+        from ...research.planning.proof import proof_text, train_command
+
+        text = f"train: {train_command(self.model, plan, job)}\n"
+        if not self.compile:
+            return text
+        if self.stored_scores:
+            raise InputError("--stored-scores is not what `modicum train` does; leave it out to --compile")
+        devices = target_devices(plan.topology, DESCRIPTIONS / f"{self.chip}.textproto")
+        config = trained_config(config, trained_remat(plan), job.length)
+        proof = prove(lower_plan(config, plan.split, job.batch, job.length, devices), plan.split)
+        return f"{text}\n{proof_text(plan, job, proof, self._search().assume)}"
 
     def _search(self) -> Search:
         from ...parallel.mesh import MeshShape
@@ -126,8 +161,8 @@ class Plan:
         from ...models.costs import parameter_count
         from ...models.transformer import Transformer
         from ...parallel.plan import Topology, chip
-        from ...research.planning.report import remembered_note, serving_table
-        from ...research.planning.serving import cache_bytes_per_token, serving_of
+        from ...research.planning.report import cache_line, remembered_note, serving_table
+        from ...research.planning.serving import serving_of
 
         if min(self.serve_batch, default=1) < 1:
             raise InputError(f"serve_batch={min(self.serve_batch)} must be at least 1")
@@ -139,10 +174,7 @@ class Plan:
         served = serving_of(config, count, on, chips, number, reached)
         price = on.price if self.price is None else self.price
         table = serving_table(served, self.serve_batch, length, price)
-        single = replace(config, attention=replace(config.attention, kv_heads=1), pattern=())
-        cache = f"{served.cache_bytes / 1024:,.1f} KiB"
-        if config.attention.groups > 1:
-            cache += f" ({cache_bytes_per_token(single, number) / 1024:,.1f} with one key/value head)"
+        cache = f"{served.cache_bytes / 1024:,.1f} KiB ({cache_line(config, number)})"
         return (
             f"{self.model} on {chips} {on.name}: {count:,} parameters, cache of {cache} a token, at most "
             f"{served.largest_batch(length):,} rows of {length} tokens\n"

@@ -11,7 +11,7 @@ import tyro
 
 from ... import InputError
 from .study_neurons import SkillNeurons
-from .study_planner import CostClaims, PlannerValidation
+from .study_planner import CostClaims, PlannerCompiled, PlannerValidation
 from .study_sparsity import Moefication
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ Choice = (
     | Annotated[Moefication, tyro.conf.subcommand("moefication")]
     | Annotated[SkillNeurons, tyro.conf.subcommand("skill-neurons")]
     | Annotated[PlannerValidation, tyro.conf.subcommand("planner-validation")]
+    | Annotated[PlannerCompiled, tyro.conf.subcommand("planner-compiled")]
     | Annotated[CostClaims, tyro.conf.subcommand("cost-claims")]
 )
 

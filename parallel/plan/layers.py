@@ -6,6 +6,7 @@ whole layer before anything is split. `modicum.research.planning.tables` makes t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ class Remat:
     split       bytes a token kept, which it splits
     recomputed  floating-point operations a token that the backward pass does again
     reductions  sums over the tensor axis that it does again
+    gathered    bytes a token kept, which every device keeps whole
     """
 
     name: str
@@ -27,10 +29,11 @@ class Remat:
     split: float
     recomputed: float
     reductions: float = 0.0
+    gathered: float = 0.0
 
     def kept(self, tensor: int, sequence: bool) -> float:
         """Bytes a token that one device keeps."""
-        return self.whole / (tensor if sequence else 1) + self.split / tensor
+        return self.whole / (tensor if sequence else 1) + self.split / tensor + self.gathered
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Layer:
     keys        bytes a token of keys and values, which context parallelism passes round
     traffic     bytes a token that the forward pass reads and writes outside matrix products
     whole, split  bytes a token in use at most while it is computed, not split and split over tensor
+    most        bytes of a device that these take at most: what is more is computed in parts
     """
 
     name: str
@@ -57,6 +61,7 @@ class Layer:
     traffic: float = 0.0
     whole: float = 0.0
     split: float = 0.0
+    most: float = math.inf
 
     def __post_init__(self) -> None:
         if not self.remats:

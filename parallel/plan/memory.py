@@ -105,7 +105,7 @@ def fixed_memory(table: LayerTable, recipe: Recipe, split: Split, batch: int, le
         gradients=gradients,
         optimizer=0.0 if split.offload else optimizer,
         activations=ends * tokens,
-        temporaries=moving + working_bytes(table, split) * tokens,
+        temporaries=moving + working_bytes(table, split, tokens),
         host=optimizer if split.offload else 0.0,
     )
 
@@ -142,10 +142,11 @@ def stage_loads(table: LayerTable, pipe: int) -> tuple[tuple[float, tuple[Layer,
     return (full / count, table.ends[:1]), (left / count, table.ends[1:])
 
 
-def working_bytes(table: LayerTable, split: Split) -> float:
-    """Bytes a token of the largest working set."""
+def working_bytes(table: LayerTable, split: Split, tokens: float) -> float:
+    """Bytes of the largest working set for so many tokens on a device."""
     tensor, sequence = split.mesh.tensor, split.sequence
-    return max(layer.working(tensor, sequence) for layer in (*table.layers, *table.ends))
+    layers = (*table.layers, *table.ends)
+    return max(min(layer.working(tensor, sequence) * tokens, layer.most) for layer in layers)
 
 
 def _kept(layer: Layer, split: Split) -> float:

@@ -9,11 +9,13 @@ from typing import Any
 from ... import InputError
 from .topology import Topology
 
-# Else libtpu asks the network which machine of a pod this is, and waits for an answer.
+# Else libtpu asks the network which machine of a pod this is, and waits for an answer; and one process at a
+# time may load it, as if there were a chip to share.
 ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 PLANAR = 2  # dimensions of a v5e's or v6e's name; the others' have three
 
@@ -34,8 +36,12 @@ def tpu_devices(name: str) -> list[Any]:
 
     for variable, value in ALONE.items():
         os.environ.setdefault(variable, value)
+    options = (
+        {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    )  # else v4's cores are devices
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        return list(found.devices)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise InputError(

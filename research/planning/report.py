@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
+from ...models.config import TransformerConfig
 from ...parallel.plan import Chip, Job, Plan
 from ..study.tables import Cell, Table
-from .serving import Serving
+from .serving import Serving, cache_bytes_per_token
 from .training import TrainingCost, utilisation
 
 GIB = 2**30
@@ -78,6 +80,23 @@ def why_runner_up_lost(plans: Sequence[Plan]) -> str:
             f"{text}: as fast within 0.1%, {(other.memory.total - best.memory.total) / GIB:+.2f} GiB a device"
         )
     return f"{text}: {lost / best.time.total:.1%} slower, most of it {kind}: {most:+.3g} s a step"
+
+
+def cache_line(config: TransformerConfig, number: float) -> str:
+    """KiB a token of the cache with as many key/value heads as heads, 8 of them, and one."""
+    heads, layer = config.attention.heads, replace(config, pattern=())
+    kinds = {"multi-head": heads, "grouped, 8 key/value heads": 8, "multi-query": 1}
+    sizes = [
+        f"{name} {cache_bytes_per_token(with_groups(layer, groups), number) / 1024:,.1f}"
+        for name, groups in kinds.items()
+        if heads % groups == 0 and (groups in (1, heads) or groups < heads)
+    ]
+    return ", ".join(sizes)
+
+
+def with_groups(config: TransformerConfig, groups: int) -> TransformerConfig:
+    """The configuration with so many key/value heads."""
+    return replace(config, attention=replace(config.attention, kv_heads=groups))
 
 
 def serving_table(serving: Serving, batches: Sequence[int], length: int, price: float | None) -> Table:

@@ -21,6 +21,7 @@ from ...models.config import TransformerConfig
 from ...models.costs import abstract_parameters, training_flops_per_token
 from ...models.mlp import MLP, GatedMLP
 from ...models.transformer import Transformer
+from ...models.word_losses import AUTOMATIC_BYTES
 from ...parallel.plan import Layer, LayerTable, Recipe, Remat
 from ...parallel.rules import axis_names, leaf_path
 
@@ -32,7 +33,9 @@ LOGITS = 8  # bytes a logit in float32 with its gradient, beside one in the type
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of one layer; `keys`: how many each query is multiplied with; `bytes`: of a number kept."""
+    """Widths of one layer; `keys`: how many each query is multiplied with; `bytes`: of a number kept; `ours`:
+    kept as the train step of this repository does.
+    """
 
     width: int
     heads: int
@@ -43,6 +46,7 @@ class Sizes:
     bytes: float
     flash: bool
     dropout: bool
+    ours: bool
 
     @classmethod
     def of(
@@ -64,7 +68,7 @@ class Sizes:
             seen = reach - reach**2 / (2 * length)
         return cls(
             *(config.width, heads * wide, groups * wide, hidden, 2 if isinstance(mlp, GatedMLP) else 1),
-            *(seen, recipe.compute, flash, config.dropout > 0),
+            *(seen, recipe.compute, flash, config.dropout > 0, recipe.name == "modicum"),
         )
 
     def scores(self, heads: int, length: int) -> float:
@@ -81,12 +85,12 @@ def layer_table(
     *,
     name: str = "the model",
     flash: bool = True,
-    chunked: bool = False,
+    chunked: bool | None = False,
 ) -> LayerTable:
     """The planner's table of a decoder or encoder at one length, its vocabulary padded to a multiple of 128.
 
-    Without `flash`, attention's scores are stored; with `chunked`, logits are computed in parts. Raises
-    InputError for an encoder-decoder.
+    Without `flash`, attention's scores are stored; with `chunked`, logits are computed in 16 parts, with None
+    in as many as `modicum train` computes them. Raises InputError for an encoder-decoder.
     """
     if config.kind == "encoder-decoder":
         raise InputError(f"{name} is an encoder-decoder; plans are made for decoders and encoders")
@@ -136,6 +140,8 @@ def _layer(
 ) -> Layer:
     attention, mlp = config.layer(index)
     own_attention = None if config.lacks(index, "attention") else attention
+    if not isinstance(mlp, MLP | GatedMLP):
+        raise InputError(f"plans are for dense layers; {type(mlp).__name__} has no cost table yet")
     own_mlp = None if config.lacks(index, "mlp") else mlp
     size = Sizes.of(config, own_attention, own_mlp, length, recipe, flash)
     stored = size.scores(own_attention.heads if own_attention else 0, length)
@@ -160,17 +166,31 @@ def _layer(
 
 
 def _remats(size: Sizes, sublayers: int, flops: float, core: float, stored: float) -> tuple[Remat, ...]:
-    """Nothing recomputed; all but products; the whole layer."""
+    """The policies of `models.remat`: what each keeps a token, and what it computes again.
+
+    The layer's last product is never computed again: no gradient depends on what comes out of it.
+    """
     byte, stream = size.bytes, size.bytes * size.width
     projected = byte * (size.heads + 2 * size.key_heads)
     hidden = byte * size.mlp * size.up
     masks = size.width * sublayers if size.dropout else 0
     activated = byte * size.mlp * (size.up if size.up > 1 else 1)  # gated: the activation and the product
     split = projected + byte * size.heads + hidden + activated + stored
+    whole = flops - 2.0 * size.width * (size.mlp or size.heads)
+    last = 2.0 * size.width * size.heads if size.mlp else 0.0  # attention's output product
+    first = 2.0 * size.width * (size.heads + 2 * size.key_heads)
+    both = max(1, sublayers) * stream  # the input, and the stream between the sublayers
+    nothing = Remat("none", 2 * stream * sublayers + masks, split, 0.0)
+    if size.ours:  # each product keeps a copy of what it multiplies, gathered where tensor splits the stream
+        copies = (3.0 if size.heads else 0.0) + (size.up if size.mlp else 0)
+        kept = split + byte * size.heads
+        nothing = Remat("none", stream * sublayers + masks, kept, 0.0, gathered=copies * stream)
     return (
-        Remat("none", 2 * stream * sublayers + masks, split, 0.0),
-        Remat("dots", stream * (1 + sublayers), projected + hidden, core),
-        Remat("full", stream, 0.0, flops, sublayers),
+        nothing,
+        Remat("dots", both, projected + hidden, core),
+        Remat("mlp", both, projected, whole - last - first),
+        Remat("middle", both, 0.0, whole - last),
+        Remat("full", stream, 0.0, whole, max(0, sublayers - 1)),
     )
 
 
@@ -184,10 +204,13 @@ def _traffic(size: Sizes, sublayers: int, stored: float) -> float:
     return 5 * stream * sublayers + activation + rotation + 4 * stored
 
 
-def _ends(config: TransformerConfig, beside: Count, recipe: Recipe, chunked: bool) -> tuple[Layer, ...]:
+def _ends(
+    config: TransformerConfig, beside: Count, recipe: Recipe, chunked: bool | None
+) -> tuple[Layer, ...]:
     """Embedding and head; a tied table is counted in the embedding."""
     stream, table = recipe.compute * config.width, config.padded_vocab * config.width
     untied = 0 if config.tied else config.vocab * config.width
+    each = recipe.compute + LOGITS
     embedding = Layer(
         *("embedding", beside[0] - untied, beside[1] - untied, 0.0, stream),
         (Remat("none", 0.0, 0.0, 0.0),),
@@ -197,8 +220,9 @@ def _ends(config: TransformerConfig, beside: Count, recipe: Recipe, chunked: boo
         *("head", untied, untied, 2.0 * table, stream),
         (Remat("none", 2 * stream, 0.0, 0.0),),
         reductions=0.5,
-        traffic=4 * stream + (recipe.compute + LOGITS) * config.padded_vocab,
-        split=(recipe.compute + LOGITS) * config.padded_vocab / (CHUNKS if chunked else 1),
+        traffic=4 * stream + each * config.padded_vocab,
+        split=each * config.padded_vocab / (CHUNKS if chunked else 1),
+        most=AUTOMATIC_BYTES * each / 4 if chunked is None else math.inf,
     )
     return embedding, head
 

@@ -60,7 +60,8 @@ class TrainingConfig:
     checkpoints stay, and the best by `best_metric` (smallest, or largest where it starts with `+`).
     `patience` evaluations without a better `best_metric` stop the run (0: never). `loss_chunk` counts the
     tokens whose logits over the vocabulary a device holds at a time (0: all; None: all where they take at
-    most `models.word_losses.AUTOMATIC_BYTES`, else as many as do).
+    most `models.word_losses.AUTOMATIC_BYTES`, else as many as do). With `offload` the optimizer's state lies
+    in the host's memory and is on the device only while it is updated.
     """
 
     steps: int = 1000
@@ -77,6 +78,7 @@ class TrainingConfig:
     best_metric: str = "loss"
     patience: int = 0
     loss_chunk: int | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "keep"):

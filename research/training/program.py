@@ -14,6 +14,7 @@ from ...parallel.layout import Layout
 from .config import TrainingConfig
 from .job import Job
 from .loss_scale import Scaling
+from .offload import fetching, in_host_memory
 from .optimizers import make_optimizer
 from .rates import set_rate, with_rate_argument
 from .state import TrainState, create_state
@@ -93,7 +94,9 @@ def _state(
 
     initial = job.frozen if job.initial is None else job.initial
     shapes = jax.eval_shape(create, jax.random.key(config.seed), initial)
-    return create, optimizer, _abstract(shapes, layout.state(shapes, job.axes))
+    shardings = layout.state(shapes, job.axes)
+    shardings = in_host_memory(shardings, shapes) if config.offload else shardings
+    return create, optimizer, _abstract(shapes, shardings)
 
 
 def _lowered(
@@ -117,6 +120,7 @@ def _lowered(
         gradient_shardings=gradients,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step = fetching(step, shardings) if config.offload else step
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated()))
     return jitted.lower(abstract, frozen, batch)
 
