@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modicum.models.kernels import ALiBi, Bucketed, Causal, DenseBias, Full, Window
+from modicum.models.kernels import ALiBi, Bucketed, Causal, DenseBias, Full, Keys, Terms, Window
 from modicum.models.kernels.hopper import Hopper
+from modicum.models.kernels.hopper.decoding import HopperPages
+from modicum.models.kernels.paged import Gathered
 
+from ..cases import error, largest
 from .cases import CASES, Case, assert_within_twice_plain, draw, packed, values_and_gradients
+from .test_pages import call, exact
 
 pytestmark = pytest.mark.gpu
 
@@ -49,3 +53,31 @@ def test_gradients_are_the_same_every_time():
     first, second = (values_and_gradients(Hopper(), case.arrays(), case.terms()) for _ in range(2))
     for name, value in first.items():
         np.testing.assert_array_equal(np.asarray(value), np.asarray(second[name]), err_msg=name)
+
+
+PAGED = {
+    "one long row": (([9000], 1, 8, 2, 16, 600, 128), lambda start, heads: Terms(Causal(start), scale=0.1)),
+    "ragged, window, soft cap": (
+        ([217, 0, 1500, 3], 2, 8, 1, 64, 24, 64),
+        lambda start, heads: Terms(Window(300, 0, start), scale=0.2, soft_cap=5.0, sinks=jnp.arange(1.0 * heads)),
+    ),
+    "many rows, ALiBi, hidden keys": (
+        ([2000, 700], 17, 8, 2, 128, 16, 128),
+        lambda start, heads: Terms(
+            Causal(start) & Keys(jnp.asarray(np.arange(2048) % 5 != 0)[None]),
+            ALiBi(jnp.linspace(0.01, 0.5, heads), start),
+            scale=0.1,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_pages_in_place_err_no_more_than_twice_what_copies_do(name):
+    sizes, terms_of = PAGED[name]
+    given = call(*sizes)
+    terms = terms_of(given[3] - sizes[1], sizes[2])
+    found, plain = jax.jit(HopperPages().__call__)(*given, terms), Gathered()(*given, terms)
+    for a, b, c in zip(found, plain, exact(*given, terms)):
+        rounding = float(jnp.finfo(a.dtype).eps) / 2 * largest(c)
+        assert error(a, c) <= max(2 * error(b, c), 2 * rounding, 1e-5)
