@@ -69,6 +69,12 @@ def _biased(bias: Callable[[CompiledCase], kernels.Bias]) -> Callable[[CompiledC
 
 CASES = {
     "causal": CompiledCase(lambda case: kernels.Terms(kernels.Causal()), length=1024),
+    **{
+        f"{length} queries": CompiledCase(
+            lambda case: kernels.Terms(kernels.Causal()), length=length, heads=1, kv_heads=1, batch=1
+        )
+        for length in (32768, 40960)
+    },
     "packed on 4 devices": CompiledCase(_packed, width=64, devices=4),
     "mask tree": CompiledCase(_tree, length=250),
     "dense bias": CompiledCase(

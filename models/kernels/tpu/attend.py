@@ -13,7 +13,7 @@ from ..merging import sinks_gradient
 from ..terms import Terms
 from .bias_gradient import bias_gradient
 from .forward import forward
-from .gradients import Saved, key_gradients, query_gradient
+from .gradients import Saved, all_gradients, key_gradients, query_gradient
 from .plan import LOG2_E, Plan
 
 
@@ -38,7 +38,10 @@ def _backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tu
     delta = jnp.where(empty, 0, delta)
     norm = jnp.where(empty, jnp.inf, lse * LOG2_E)  # a row without a key: 2^(-inf - inf) = 0
     saved = Saved(q, k, v, d_out, norm[:, :, None], delta[:, :, None])
-    dq, (dk, dv) = query_gradient(plan, saved, terms), key_gradients(plan, saved, terms)
+    if plan.fused:
+        dq, dk, dv = all_gradients(plan, saved, terms)
+    else:
+        dq, (dk, dv) = query_gradient(plan, saved, terms), key_gradients(plan, saved, terms)
     d_sinks = None if terms.sinks is None else sinks_gradient(jnp.asarray(terms.sinks), lse, delta)
     return dq, dk, dv, terms.cotangent(bias_gradient(plan, saved, terms), d_sinks)
 

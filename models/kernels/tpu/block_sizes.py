@@ -1,24 +1,44 @@
 """Which blocks a kernel takes where nobody says otherwise."""
 
-from ..biases import Bucketed, Dense
-from ..request import Request
-from .plan import Blocks
+import jax
 
-# Chunks of 512 and 1024 keys cost a forward prototype 4033 and 4319 bundles a 1024 x 1024 tile on v5e, 2522
-# and 2807 on v6e (width 128). The backward pass has the same, untried otherwise; nothing ran on a chip.
+from ..biases import Bucketed, Dense
+from ..block_sizes import block_sizes, found_fields
+from ..request import Request
+from .plan import LANES, Blocks
+
+# Where the table has no entry.
 _FORWARD, _BACKWARD = Blocks(1024, 1024, 512), Blocks(1024, 1024, 512)
 _TOEPLITZ = Blocks(512, 512, 512)
+_MOST_FUSED = 32 << 20  # bytes of VMEM for the gradient of q in the fused kernel; all of it is `VMEM_LIMIT`
 _MOST = 4 << 20  # bytes of a block of a dense bias, which is held twice
 
 
 def forward_blocks(request: Request) -> Blocks:
     """Of the forward pass."""
-    return _limited(_FORWARD, request)
+    return _limited(_tuned("tpu forward", request) or _FORWARD, request)
 
 
 def backward_blocks(request: Request) -> Blocks:
     """Of the gradients."""
-    return _limited(_BACKWARD, request)
+    return _limited(_tuned("tpu backward", request) or _BACKWARD, request)
+
+
+def _tuned(kernels: str, request: Request) -> Blocks | None:
+    """What the table has, which `modicum bench attention-bounds --tune` writes."""
+    found = found_fields(request.dtype, request.width, request.mask)
+    blocks = block_sizes(kernels, length=max(request.queries, request.keys), **found)
+    return None if blocks is None else Blocks(*blocks)
+
+
+def fits_fused(repeats: int, queries: int, width: int, itemsize: int, request: Request) -> bool:
+    """Whether the gradient of all queries of a key head fits: the sum in float32, and twice the result.
+
+    `width` is padded to registers. Blocks of arrays with an element a pair leave half the room.
+    """
+    lanes = -(-width // LANES) * LANES
+    pairs = any(len(x.shape) == 4 and x.shape[2] > 1 for x in jax.tree.leaves((request.mask, request.bias)))
+    return repeats * queries * lanes * (4 + 2 * itemsize) <= _MOST_FUSED >> pairs
 
 
 def _limited(blocks: Blocks, request: Request) -> Blocks:

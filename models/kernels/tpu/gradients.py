@@ -1,24 +1,27 @@
-"""The backward pass with respect to q, and that with respect to k and v: each computes the weights again.
+"""The backward pass with respect to q, k and v: one kernel, or two where the gradient of q is too large.
 
-For q the tiles of a row of the score matrix are visited, queries along the rows of registers as in the
-forward pass. For k and v it is the tiles of a column, keys along the rows: then all products are of
-the kind that the matrix unit does best, with the shorter factor standing still.
+Keys lie along the rows of registers, other than in the forward pass: numbers that belong to queries lie along
+the lanes, where they come from memory, and one row of them serves all rows. One kernel goes through the tiles
+column by column, sums the gradients of a column's keys and values, and holds that of all queries of a key
+head; so it computes weights once, with five matrix products a tile. Two kernels take seven: that for q goes
+row by row, that for k and v column by column.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from ..block_lists import block_map, tile_list
 from ..blocks import static_blocks
 from ..terms import Terms
 from .call import At, Block, Refs, Walk, call, cost, ids_and_entry
-from .forward import across, by_queries
+from .forward import by_queries
 from .pieces import Frame, Tile
 from .plan import Plan
-from .scores import Scores, product
+from .scores import Scores, product, turned_product
 
 
 class Saved(NamedTuple):
@@ -49,7 +52,7 @@ class Saved(NamedTuple):
 
 def query_gradient(plan: Plan, saved: Saved, terms: Terms) -> Array:
     """The gradient of q, `[B, H, T, K]`."""
-    frame = Frame(plan, plan.backward, plan.repeats, keys_first=False)
+    frame = Frame(plan, plan.backward, plan.repeats, keys_first=True)
     scores, walk = Scores.of(frame, terms), by_queries(frame, terms)
     rows, width = plan.backward.rows, plan.width
     results = call(
@@ -59,11 +62,7 @@ def query_gradient(plan: Plan, saved: Saved, terms: Terms) -> Array:
         scores.scalars(),
         {**saved.inputs(frame), **scores.inputs()},
         {"dq": (saved.q.shape, saved.q.dtype, frame.queries(width))},
-        {
-            "lse": (frame.heads, rows, plan.lanes),
-            "delta": (frame.heads, rows, plan.lanes),
-            "dq": (frame.heads, rows, width),
-        },
+        {"dq": (frame.heads, rows, width)},
         _cost(plan, walk, saved, 2 * width + plan.value_width),
         plan.interpret,
     )
@@ -90,6 +89,37 @@ def key_gradients(plan: Plan, saved: Saved, terms: Terms) -> tuple[Array, Array]
         plan.interpret,
     )
     return results["dk"], results["dv"]
+
+
+def all_gradients(plan: Plan, saved: Saved, terms: Terms) -> tuple[Array, Array, Array]:
+    """The gradients of q, k and v: weights are computed once, and that of q stays in VMEM until it is whole.
+
+    Tiles go by columns, as for k and v. All tiles of a key head are on one core, one after the other, so
+    sums have one order.
+    """
+    frame = Frame(plan, plan.backward, plan.repeats, keys_first=True)
+    scores, walk = Scores.of(frame, terms), by_keys(frame, terms)
+    widths = plan.width, plan.value_width
+    whole = Block((None, frame.heads, plan.queries, plan.width), lambda at: (at.batch, at.heads, 0, 0))
+    results = call(
+        lambda walk, refs: _all_kernel(frame, scores, walk, refs),
+        "attention_all_gradients",
+        walk,
+        scores.scalars(),
+        {**saved.inputs(frame), **scores.inputs()},
+        {
+            "dq": (saved.q.shape, saved.q.dtype, whole),
+            "dk": (saved.k.shape, saved.k.dtype, frame.keys(widths[0])),
+            "dv": (saved.v.shape, saved.v.dtype, frame.keys(widths[1])),
+        },
+        {
+            "dq": (frame.heads, plan.queries, plan.width),
+            **{name: (plan.backward.columns, width) for name, width in zip(("dk", "dv"), widths)},
+        },
+        _cost(plan, walk, saved, 3 * widths[0] + 2 * widths[1]),
+        plan.interpret,
+    )
+    return results["dq"], results["dk"], results["dv"]
 
 
 def by_keys(frame: Frame, terms: Terms) -> Walk:
@@ -134,13 +164,12 @@ def _query_kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
     @pl.when(entry.first)
     def start() -> None:
         dq[...] = jnp.zeros(dq.shape, dq.dtype)
-        spread_statistics(frame, refs)
 
     def body(tile: Tile, masked: bool) -> None:
-        k, chunk = refs.inputs["k"][tile.keys, :], frame.blocks.chunk
-        lse, delta = (across(refs.scratch[name][tile.head], chunk) for name in ("lse", "delta"))
+        k = refs.inputs["k"][tile.keys, :]
+        lse, delta = (refs.inputs[name][tile.head] for name in ("lse", "delta"))
         _, d_scores = score_gradient(scores, refs, tile, masked, lse, delta)
-        dq[tile.head] = dq[tile.head] + product(d_scores.astype(k.dtype), k)
+        dq[tile.head] = dq[tile.head] + turned_product(d_scores.astype(k.dtype), k)
 
     scores.visit(walk, entry, at, body)
 
@@ -150,7 +179,10 @@ def _query_kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
         out[...] = (dq[...] * frame.plan.scale).astype(out.dtype)
 
 
-def _key_kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
+def _key_kernel(
+    frame: Frame, scores: Scores, walk: Walk, refs: Refs, also: Callable[[Tile, Array], None] | None = None
+) -> None:
+    """`also` gets the gradient of the scores of each chunk."""
     _, entry, at = ids_and_entry(walk, refs)
     dk, dv = refs.scratch["dk"], refs.scratch["dv"]
 
@@ -166,6 +198,8 @@ def _key_kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
         weights = scores.dropping.kept(weights, refs, tile)
         dv[tile.keys, :] = dv[tile.keys, :] + product(weights.astype(d_out.dtype), d_out)
         dk[tile.keys, :] = dk[tile.keys, :] + product(d_scores.astype(q.dtype), q)
+        if also is not None:
+            also(tile, d_scores)
 
     scores.visit(walk, entry, at, body)
 
@@ -173,6 +207,41 @@ def _key_kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
     def finish() -> None:
         refs.outputs["dk"][...] = (dk[...] * frame.plan.scale).astype(refs.outputs["dk"].dtype)
         refs.outputs["dv"][...] = dv[...].astype(refs.outputs["dv"].dtype)
+
+
+def _all_kernel(frame: Frame, scores: Scores, walk: Walk, refs: Refs) -> None:
+    dq, out, rows = refs.scratch["dq"], refs.outputs["dq"], frame.blocks.rows
+    step, steps = pl.program_id(2), pl.num_programs(2)
+
+    def each_block(do: Callable[[int, Any], None]) -> None:
+        """Of queries: a loop, because what is written out would grow with the length."""
+        for head in range(frame.heads):
+            block = lambda i, _, head=head: do(head, _part(i * rows, rows))  # noqa: E731
+            lax.fori_loop(0, frame.plan.queries // rows, block, None)
+
+    @pl.when(step == 0)
+    def start() -> None:
+        def clear(head: int, part: Any) -> None:
+            dq[head, part] = jnp.zeros((rows, dq.shape[2]), dq.dtype)
+
+        each_block(clear)
+
+    def add(tile: Tile, d_scores: Array) -> None:
+        k, part = refs.inputs["k"][tile.keys, :], _part(tile.row, rows)
+        dq[tile.head, part] = dq[tile.head, part] + turned_product(d_scores.astype(k.dtype), k)
+
+    _key_kernel(frame, scores, walk, refs, add)
+
+    @pl.when(step == steps - 1)
+    def finish() -> None:
+        def write(head: int, part: Any) -> None:
+            out[head, part] = (dq[head, part] * frame.plan.scale).astype(out.dtype)
+
+        each_block(write)
+
+
+def _part(start: Any, size: int) -> Any:
+    return pl.ds(pl.multiple_of(start, size), size)
 
 
 def _cost(plan: Plan, walk: Walk, saved: Saved, widths: int) -> Any:

@@ -18,7 +18,7 @@ from ..operands import unknown_mask
 from ..request import PARTITIONED, Request, request_of
 from ..terms import Terms
 from ..varying import vary, varying_axes
-from .block_sizes import backward_blocks, forward_blocks
+from .block_sizes import backward_blocks, fits_fused, forward_blocks
 from .plan import LANES, SUBLANES, Blocks, Plan, fitting_block, padded_length, padded_width
 
 DTYPES = ("float32", "bfloat16")
@@ -29,13 +29,16 @@ MOST_TILES = 1 << 16  # numbers of 4 bytes in scalar memory, of which there is 1
 class Tpu:
     """Pallas on TPUs; with `interpret` on anything, slowly, to be tested.
 
-    `blocks` 0 chooses them by the request. `lanes` is the chip's; tests may pretend that registers are small.
+    Without `forward` and `backward` blocks are chosen by the request; without `fused` one kernel computes the
+    gradients of q, k and v where that of all queries of a key head fits (see `fits_fused`). `lanes` is the
+    chip's; tests may pretend that registers are small.
     """
 
     name: str = "tpu"
     interpret: Any = False
     forward: Blocks | None = None
     backward: Blocks | None = None
+    fused: bool | None = None
     lanes: int = LANES
 
     def supports(self, request: Request) -> str | None:
@@ -90,16 +93,21 @@ class Tpu:
             chunk = fitting_block(columns, blocks.chunk, self.lanes)
             return Blocks(fitting_block(queries, blocks.rows, self.lanes), columns, chunk)
 
+        width, itemsize = padded_width(request.width, self.lanes), jnp.dtype(request.dtype).itemsize
+        repeats, fused = request.heads // request.kv_heads, self.fused
+        if fused is None:
+            fused = fits_fused(repeats, queries, width, itemsize, request)
         return Plan(
             batch=request.batch,
             heads=request.heads,
             groups=request.kv_heads,
             queries=queries,
             keys=keys,
-            width=padded_width(request.width, self.lanes),
+            width=width,
             value_width=padded_width(request.value_width, self.lanes),
             forward=fitted(forward),
             backward=fitted(backward),
+            fused=fused,
             scale=terms.scale,
             soft_cap=terms.soft_cap,
             lanes=self.lanes,

@@ -21,7 +21,10 @@ class Blocks(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The sizes of a padded call, its blocks, and the constants of the scores."""
+    """The sizes of a padded call, its blocks, and the constants of the scores.
+
+    `fused`: one kernel has the gradients of q, k and v.
+    """
 
     batch: int
     heads: int
@@ -32,6 +35,7 @@ class Plan:
     value_width: int
     forward: Blocks
     backward: Blocks
+    fused: bool
     scale: float
     soft_cap: float | None
     lanes: int
