@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -60,8 +60,11 @@ class Train:
     """Fraction of the rows to evaluate on, where the data has no dev split."""
     scan: bool = False
     """Compile one layer and scan it: for deep models."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """What to recompute in the backward pass: nothing, all, or all but matrix products."""
+    remat: str = "none"
+    """What the backward pass computes again: none, dots (all but products), mlp, middle, full, offload; or of
+    runs of layers, such as full:8,none:4."""
+    offload: bool = False
+    """Keep the optimizer's state in the host's memory."""
     loss_chunk: int | None = None
     """Tokens whose logits a device holds at a time; 0: all of its tokens; None: as 256 MiB have room for."""
     learning_rate: float = 1e-3
@@ -76,7 +79,7 @@ class Train:
         from .progress import say
 
         training = self.training.config(self.learning_rate, "loss")
-        training = replace(training, loss_chunk=self.loss_chunk)
+        training = replace(training, loss_chunk=self.loss_chunk, offload=self.offload)
         shape = self._shape()
         layout = self.placement.layout(training.batch).for_causal(self.length)
         splits = self._splits()
