@@ -59,7 +59,7 @@ PAGED = {
     "one long row": (([9000], 1, 8, 2, 16, 600, 128), lambda start, heads: Terms(Causal(start), scale=0.1)),
     "ragged, window, soft cap": (
         ([217, 0, 1500, 3], 2, 8, 1, 64, 24, 64),
-        lambda start, heads: Terms(Window(300, 0, start), scale=0.2, soft_cap=5.0, sinks=jnp.arange(1.0 * heads)),
+        lambda start, heads: Terms(Window(300, 0, start), scale=0.2, soft_cap=5.0, sinks=jnp.ones(heads)),
     ),
     "many rows, ALiBi, hidden keys": (
         ([2000, 700], 17, 8, 2, 128, 16, 128),
