@@ -1,8 +1,9 @@
-"""The real decoder under the real train step, small: what mesh independence is shown on.
+"""The real decoder under the real training program, small: what mesh independence is shown on.
 
 Loaded by path, by the tests (fixture `decoder`) and by `two_processes.py`.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -11,108 +12,111 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from modicum.models import Transformer, TransformerConfig
-from modicum.models.attention import GroupedQuery
-from modicum.models.positions import Learned
-from modicum.models.precision import Precision
-from modicum.research.training.objectives import full_tuning, language_modelling
-from modicum.research.training.state import create_state
-from modicum.research.training.step import make_train_step
+from modicum.models import GatedMLP, GroupedQuery, RMSNorm, Rotary, Transformer, TransformerConfig
+from modicum.models.experts import RoutedMLP
+from modicum.models.precision import policy
+from modicum.research.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from modicum.research.training.loss_scale import NO_SCALING
+from modicum.research.training.program import build_program, lower_step
+from modicum.research.training.tasks import language_model_job
 
 B, T, V = 16, 16, 64
-HEADS = 8  # so that `tensor=8` divides them
-
-# Compiling takes nearly all of the time here; what LLVM makes of a loop has no part in what is tested.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
-class Job(NamedTuple):
-    """Compiled programs of a training, and where its state lies."""
-
-    abstract: Any
-    shardings: Any
-    start: Any
-    step: Any
+PRECISIONS = {"float64": "fp64", "float32": "fp32"}  # as `two_processes.py` calls them
+MLPS = {"dense": GatedMLP(32), "routed": RoutedMLP(experts=4, chosen=2, width=16)}
 
 
 class Result(NamedTuple):
-    """What a training gives, on the host, and its compiled step."""
+    """What a training gives, on the host, and where its state lies."""
 
     initial: Any
     moment: Any  # Adam's first moment after the first step: 0.1 of the first gradients
     losses: list[float]
+    metrics: dict[str, float]
     state: Any
-    job: Job
+    program: Any
 
 
-def prepare(layout, dtype="float32", wrap=lambda forward: forward):
-    """Two layers, width 32, dropout 0.1, laid out by `layout` and compiled; `wrap` changes the forward."""
-    precision = Precision(dtype, dtype, dtype)
-    attention = GroupedQuery(heads=HEADS)
-    config = TransformerConfig(
-        layers=2,
-        width=32,
-        vocab=V,
-        attention=attention,
-        positions=Learned(T),
-        dropout=0.1,
+def model_of(precision="fp32", mlp="dense"):
+    """Two scanned layers of width 32 with dropout 0.1; eight heads, so that `tensor=8` divides them."""
+    return Transformer(
+        TransformerConfig(
+            layers=2,
+            width=32,
+            vocab=V - 3,
+            vocab_multiple=8,
+            attention=GroupedQuery(heads=8, bias=False),
+            norm=RMSNorm(),
+            positions=Rotary(),
+            mlp=MLPS[mlp],
+            dropout=0.1,
+            scan=True,
+            precision=policy(precision),
+        )
+    )
+
+
+def config_of(precision="fp32", steps=20, chunk=None, accumulate=1):
+    """AdamW at a constant rate, nothing clipped: a wrong factor of the gradients shows in their moment."""
+    schedule = ScheduleConfig("constant", warmup=0)
+    optimizer = OptimizerConfig("adamw", 3e-3, schedule, weight_decay=0.01, clip=0)
+    return TrainingConfig(
+        steps=steps,
+        batch=B,
         precision=precision,
+        optimizer=optimizer,
+        loss_chunk=chunk,
+        accumulate=accumulate,
     )
-    model, optimizer = Transformer(config), optax.adamw(3e-3)
-
-    def start(rng):
-        return create_state(model.init(rng, jnp.zeros((B, T), jnp.int32)), optimizer)
-
-    abstract = jax.eval_shape(start, jax.random.key(0))
-    shardings = layout.state(abstract, model.axes)
-    gradients = layout.gradients(abstract.trainable, model.axes)
-    step = make_train_step(
-        language_modelling(wrap(full_tuning(model))), optimizer, gradient_shardings=gradients
-    )
-    batch = jax.eval_shape(lambda: next(batches(1)))
-    replicated = layout.replicated()
-    step = jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(shardings, replicated, layout.batch(batch)),
-        out_shardings=(shardings, replicated),
-        compiler_options=QUICK,
-    )
-    start = jax.jit(start, out_shardings=shardings, compiler_options=QUICK)
-    return Job(abstract, shardings, start, step.lower(abstract, {}, batch).compile())
 
 
-def batches(steps):
+@cache
+def rows():
     """Two packed documents a row, the second of random length, then padding that is not learned."""
     rng = np.random.default_rng(0)
-    for _ in range(steps):
-        tokens = rng.integers(0, V, (B, T), dtype=np.int32)
-        ends = rng.integers(T // 2 + 1, T + 1, (B, 1))
-        column = np.arange(T)
-        segments = np.where(column < T // 2, 1, np.where(column < ends, 2, 0)).astype(np.int32)
-        yield {
-            "tokens": tokens,
-            "targets": (tokens * 7 + 3) % V,
-            "weights": (segments > 0).astype(np.float32),
-            "segments": segments,
-            "positions": np.where(column < T // 2, column, column - T // 2)
-            .repeat(B)
-            .reshape(T, B)
-            .T.astype(np.int32),
-        }
+    tokens = rng.integers(0, V - 3, (B, T), dtype=np.int32)
+    column = np.arange(T)
+    ends = rng.integers(T // 2 + 1, T + 1, (B, 1))
+    segments = np.where(column < T // 2, 1, np.where(column < ends, 2, 0)).astype(np.int32)
+    positions = np.broadcast_to(np.where(column < T // 2, column, column - T // 2), (B, T))
+    targets = (tokens * 7 + 3) % (V - 3)
+    arrays = {
+        "tokens": tokens,
+        "targets": targets.astype(np.int32),
+        "weights": (segments > 0).astype(np.float32),
+        "segments": segments,
+        "positions": positions.astype(np.int32),
+    }
+    return [{name: array[row] for name, array in arrays.items()} for row in range(B)]
 
 
-def train(layout, steps, dtype="float32"):
-    """Train from seed 0 on `batches(steps)`; every process provides the rows it is asked for."""
-    job = prepare(layout, dtype)
-    state = job.start(jax.random.key(0))
-    initial, moment, losses = fetch(state.trainable), None, []
-    for batch in batches(steps):
-        mine = {name: leaf[layout.local_rows(B)] for name, leaf in batch.items()}
-        state, metrics = job.step(state, {}, layout.place(mine))
+def job_of(layout, precision, mlp, chunk=None, accumulate=1):
+    """The job and its configuration."""
+    config = config_of(precision, chunk=chunk, accumulate=accumulate)
+    return language_model_job(model_of(precision, mlp), rows(), config, layout=layout), config
+
+
+def train(layout, steps, precision="fp32", mlp="dense", scaling=NO_SCALING, chunk=None, accumulate=1):
+    """Train from seed 0; every process provides the rows it is asked for."""
+    precision = PRECISIONS.get(precision, precision)
+    job, config = job_of(layout, precision, mlp, chunk, accumulate)
+    program = build_program(job, config, layout, scaling)
+    state, moment, losses = program.create(), None, []
+    initial = fetch(state.trainable)
+    for step in range(steps):
+        state, metrics = program.step(state, program.frozen, layout.place(job.batches(step)))
         losses.append(float(metrics["loss"]))
         moment = fetch(optax.tree.get(state.optimizer, "mu")) if moment is None else moment
-    return Result(initial, moment, losses, state, job)
+    return Result(initial, moment, losses, {k: float(v) for k, v in metrics.items()}, state, program)
+
+
+def lowered(layout, precision="fp32", mlp="dense", chunk=None):
+    """The train step, traced for the devices of a layout, which need not be there."""
+    job, config = job_of(layout, precision, mlp, chunk)
+    batch = {
+        name: jax.ShapeDtypeStruct((B, *leaf.shape), jnp.asarray(leaf).dtype)
+        for name, leaf in rows()[0].items()
+    }
+    return lower_step(job, config, layout, NO_SCALING, batch)
 
 
 def fetch(tree):
