@@ -155,7 +155,7 @@ def run_with_edits(
                 output = edit.function(output, context.module.scope.get_variable(EDITS, _leaf(number)))
         return output
 
-    kept = {"kept": {EDITS: unflatten_dict(data, sep="/")}} if data else {}
+    kept: dict[str, Any] = {"kept": {EDITS: unflatten_dict(data, sep="/")}} if data else {}
     with nn.intercept_methods(write):
         outputs = as_linen(model).apply(params, *args, **kept, **kwargs)
     _require_all([name for name, edit in edits.items() if not isinstance(edit, Given)], seen)

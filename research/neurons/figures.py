@@ -77,7 +77,7 @@ def curves(
 
 
 def _heat(axes: Any, matrix: np.ndarray, apart: bool) -> None:
-    own = np.eye(*matrix.shape, dtype=bool) if apart and len(matrix) > 1 else np.zeros(matrix.shape, bool)
+    own = np.logical_and(np.eye(len(matrix), matrix.shape[1]), apart and len(matrix) > 1)
     low, high = float(matrix[~own].min()), float(matrix[~own].max())
     axes.imshow(np.ma.masked_array(matrix, own), cmap="viridis", aspect="auto")
     for (row, column), value in np.ndenumerate(matrix):

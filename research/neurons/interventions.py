@@ -9,6 +9,7 @@ as the shift it is fixed there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,7 @@ def fixed(mask: Any, values: Any = 0.0) -> Intervention:
 def noised(mask: Any, deviation: Any) -> Intervention:
     """The neurons of `mask [L, F]` get normal noise of this standard deviation (a number or `[L, F]`)."""
     chosen = jnp.asarray(mask, bool)
-    return unchanged(chosen.shape).replace(noise=jnp.where(chosen, deviation, 0.0))
+    return replace(unchanged(chosen.shape), noise=jnp.where(chosen, deviation, 0.0))
 
 
 def stacked(interventions: list[Intervention]) -> Intervention:
