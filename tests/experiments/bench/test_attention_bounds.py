@@ -23,3 +23,9 @@ def test_the_bound_is_one_bundle_a_cycle_and_at_most_the_peak():
 def test_a_row_says_who_is_ahead():
     page = document([Bound("v6e", 64, "dq", 4000, 5000)])
     assert "| v6e | 64 | dq | 4000 | 5000 | 176 | 141 | 1.25 |" in page
+
+
+def test_one_kernel_stands_beside_the_two_that_it_replaces():
+    counts = {"dq": 4000, "dk, dv": 6000, "dq, dk, dv": 7000}
+    page = document([Bound("v6e", 64, kernel, count, 5000) for kernel, count in counts.items()])
+    assert page.endswith("| v6e | 64 | 7000 | 10000 | 0.70 |\n")
