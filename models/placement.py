@@ -24,11 +24,13 @@ from .. import InputError
 from ..parallel.layout import Layout
 from ..parallel.rules import split_axes
 from .attention import AttentionModule
+from .block import Stacked
 from .dispatch import ExpertAxes
 from .experts import Experts
 from .hooks import Hook
 from .kernels import Bias, Joined, Mask, MeshAxes, sharded_attention
 from .kernels.context import Method
+from .pipeline import run_in_stages
 from .zigzag_columns import ZigzagColumns
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,6 +52,7 @@ def placed(function: F, layout: Layout, *, method: Method = "ring", sequence_par
       between sublayers also split along T over the devices that share heads: norms and what is kept for the
       backward pass are, and the sum of partial products is scattered where it was copied.
     * Routed experts (`Experts`) are one `shard_map`: each device computes its own (`models.dispatch`).
+    * Scanned layers over `pipe` run in stages (`models.pipeline`).
     * In a layout in zigzag order positions and dropout are those of the natural order (`ZigzagColumns`).
 
     Linen models of ours have these sites; for others, and on one device, nothing changes. Inside a
@@ -58,7 +61,8 @@ def placed(function: F, layout: Layout, *, method: Method = "ring", sequence_par
     """
     if layout.mesh.size == 1:
         return function
-    axes, spread = attention_axes(layout, method), "heads" if sequence_parallel else None
+    axes = attention_axes(layout, method)
+    spread = "heads" if sequence_parallel and axes.heads else None
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -129,6 +133,11 @@ class Placement:
         module, method = context.module, context.method_name
         if isinstance(module, AttentionModule) and method == "compute":
             return self.compute(module, call, *args)
+        if self.layout.mesh.shape["pipe"] > 1:
+            if isinstance(module, Stacked) and method == "stacked" and not module.is_initializing():
+                return run_in_stages(module, *args[1:], self.layout)
+            if module.name == "layers_0":
+                raise InputError("mesh axis pipe splits scanned layers; add scan=True (--scan), or use data")
         if method != "__call__":
             return call(*args, **kwargs)
         if isinstance(module, Experts):

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from .. import InputError
 from .batches import batch_sharding, fitting_rows, local_rows, place_batch, replicated
 from .mesh import MeshShape, make_mesh
+from .pipeline import Schedule
 from .rules import DEFAULT_RULES, AxisRules, AxisTable, axis_names, make_spec, split_axes, ways
 from .zero import (
     LEVELS,
@@ -37,6 +38,7 @@ class Layout:
     zero       0 to 3, see `modicum.parallel.zero`
     replicate  patterns of arrays copied whole to every device, where their sizes divide over nothing
     minimum    elements from which ZeRO splits an array
+    schedule   of a pipeline's micro-batches, where the mesh has `pipe`
     order      of a batch's columns over `context`; "zigzag" is for causal models under `models.placement`
     """
 
@@ -46,6 +48,7 @@ class Layout:
     replicate: tuple[str, ...] = ()
     minimum: int = MINIMUM
     order: Order = "contiguous"
+    schedule: Schedule = Schedule()
 
     def __post_init__(self) -> None:
         if self.zero not in LEVELS:
@@ -111,6 +114,18 @@ class Layout:
     def fitting_rows(self, rows: int) -> int:
         """The smallest number of rows, from `rows` up, that divides over the mesh."""
         return fitting_rows(rows, self.mesh, self.rules)
+
+    def for_layers(self, layers: int) -> Layout:
+        """This layout for `layers` scanned layers: copied where `pipe` does not divide them, and logged.
+
+        The stages are then filled up with layers that do nothing.
+        """
+        axes = split_axes(self.rules.mesh_axes("layers"), self.mesh)
+        parts = ways(self.mesh, axes)
+        if layers % parts == 0:
+            return self
+        logger.info("%d layers do not divide over %s=%d: copied", layers, "×".join(axes), parts)
+        return replace(self, rules=self.rules.replace(layers=None))
 
     def activations(self, x: jax.Array, spread: str | None = None) -> jax.Array:
         """`x [B, T, ...]`, in a traced function, held where the batch lies: a device computes its own rows.

@@ -73,6 +73,10 @@ class PlacementOptions:
     """Devices along each axis, such as data=4,tensor=2; empty: the first device."""
     zero: Literal[0, 1, 2, 3] = 0
     """What is split over the data axis: 1 optimizer state, 2 gradients too, 3 parameters too."""
+    micro_batches: int = 0
+    """Parts of a batch that go through the stages of a mesh with pipe; 0: as many as fit, to 4 a stage."""
+    rounds: int = 1
+    """How many times each part goes through all stages, of as many fewer layers each; shortens the bubble."""
     coordinator: str | None = None
     """host:port of process 0 where several processes train together; launchers are recognised."""
     processes: int | None = None
@@ -86,6 +90,7 @@ class PlacementOptions:
 
         from ...parallel.layout import Layout
         from ...parallel.mesh import MeshShape, make_mesh
+        from ...parallel.pipeline import Schedule
         from ...parallel.processes import initialize
         from .compilation import cache_compilations
 
@@ -97,7 +102,8 @@ class PlacementOptions:
             raise InputError(f"{why} a mesh, and none is given; add --mesh data={jax.device_count()}")
         if not self.mesh:
             return Layout.single()
-        layout = Layout(make_mesh(MeshShape.parse(self.mesh)), zero=self.zero)
+        schedule = Schedule(self.micro_batches, self.rounds)
+        layout = Layout(make_mesh(MeshShape.parse(self.mesh)), zero=self.zero, schedule=schedule)
         layout.local_rows(batch)
         return layout
 

@@ -82,6 +82,7 @@ class Train:
         training = replace(training, loss_chunk=self.loss_chunk, offload=self.offload)
         shape = self._shape()
         layout = self.placement.layout(training.batch).for_causal(self.length)
+        layout = layout.for_layers(shape.layers // shape.period)
         splits = self._splits()
         tokenizer = self._tokenizer(splits["train"])
         config = replace(shape, vocab=tokenizer.vocab)

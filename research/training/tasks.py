@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from ...models.precision import policy
 from ...models.transformer import Transformer
 from ...models.word_losses import WordSplit
 from ...parallel.layout import Layout
+from ...parallel.pipeline import Schedule
 from ..data.batches import Batches, Rows, evaluation_batches
 from ..delta.attach import Tuned
 from ..delta.axes import delta_axes
@@ -39,6 +41,7 @@ from .objectives import (
     language_modelling,
     penalised,
 )
+from .routing import with_routing
 
 Tree = Any
 EVALUATION_BATCH = 64
@@ -62,7 +65,7 @@ def language_model_job(
         return model.init(rng, example) if initial is None else start
 
     loss = _language_modelling(model, config, layout)
-    sums_of = make_evaluation(placed(loss, layout))
+    sums_of = make_evaluation(placed(loss, replace(layout, schedule=Schedule())))
     return Job(
         loss=loss,
         init=init,
@@ -100,7 +103,7 @@ def tuning_job(
     _require_precision(model, config)
     batches = local_batches(rows, config, layout)
     loss = loss_of(full_tuning(model)) if tuned is None else penalised(loss_of(delta_tuning(tuned)), tuned)
-    sums_of = sums_of or make_evaluation(placed(loss, layout))
+    sums_of = sums_of or make_evaluation(placed(loss, replace(layout, schedule=Schedule())))
     job = Job(
         loss=loss,
         init=lambda rng, initial: initial,
@@ -168,7 +171,8 @@ def _language_modelling(model: Transformer, config: TrainingConfig, layout: Layo
             f"{type(head).__name__}; leave it out"
         )
     split = WordSplit(layout.mesh, layout.rules)
-    return language_modelling(full_tuning(model), chunk=config.loss_chunk, split=split)
+    make = partial(language_modelling, chunk=config.loss_chunk, split=split)
+    return with_routing(make, full_tuning(model), model.config)
 
 
 def _require_precision(model: Transformer, config: TrainingConfig) -> None:
