@@ -14,6 +14,7 @@ from ..biases import ALiBi, Bias, Bucketed, Dense
 from .bias_gradient import bias_gradient
 from .bias_tiles import bucket_sums, operand
 from .forward import forward
+from .fused_gradient import fused_gradient
 from .key_gradient import key_gradient
 from .problem import CONSUMERS, LOG2_E, Problem, Tiles
 from .query_block import Operands
@@ -28,6 +29,7 @@ class Plan(NamedTuple):
     query_gradient: Tiles
     key_gradient: Tiles
     bias_gradient: Tiles
+    deterministic: bool = True  # else one kernel adds to the gradient of queries in any order
 
 
 class Inputs(NamedTuple):
@@ -71,6 +73,9 @@ def _backward(
     (inputs, out, lse), (d_out, d_lse) = residuals, cotangents
     delta = jnp.einsum("bthk,bthk->bht", out, d_out, preferred_element_type=jnp.float32) - d_lse
     gradients = Gradients(d_out, jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E), delta)
+    if not plan.deterministic:
+        operands = _over_queries(problem, plan.key_gradient, inputs)
+        return (Inputs(*fused_gradient(problem, plan.key_gradient, operands, gradients), None, None),)
     operands = _over_keys(problem, plan.query_gradient, inputs)
     dq, d_slopes = query_gradient(problem, plan.query_gradient, operands, gradients)
     operands = _over_queries(problem, plan.key_gradient, inputs)

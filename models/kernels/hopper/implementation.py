@@ -26,12 +26,14 @@ class Hopper:
 
     Dao 2023, "FlashAttention-2", with the warp specialisation of Shah et al. 2024, "FlashAttention-3". The
     backward pass is a kernel for queries, one for keys and values and one for biases that need it; each sums
-    in a fixed order, so gradients are the same every time. `interpret`, an `InterpretGPUParams`, runs the
-    kernels on a CPU instead (see `operations`).
+    in a fixed order, so gradients are the same every time. Without `deterministic` one kernel does the work
+    of the first two with two products less a tile, adding to the queries' gradient in any order. `interpret`,
+    an `InterpretGPUParams`, runs the kernels on a CPU instead (see `operations`).
     """
 
     name: str = "hopper"
     interpret: Any = None
+    deterministic: bool = True
 
     def supports(self, request: Request) -> str | None:
         """A Hopper GPU, 16-bit inputs, widths up to 128, masks that are a range of keys a query."""
@@ -41,6 +43,8 @@ class Hopper:
             return f"its matrix products are of {' or '.join(TYPES)}, not {request.dtype}"
         if max(request.width, request.value_width) > 128:
             return f"its tiles hold widths up to 128, not {max(request.width, request.value_width)}"
+        if not self.deterministic and (reason := _no_fused(request)):
+            return reason
         if request.dropout:
             return "it has no dropout"
         no_bias = request.bias and _no_bias(request.bias, request.queries, request.keys)
@@ -50,13 +54,24 @@ class Hopper:
         """Decoding, as a block holds 128 queries, and what XLA would have to partition."""
         if request.partitioned:
             return PARTITIONED
+        if not self.deterministic:
+            return "its gradients differ from run to run in their last bits"
         return "a block of its kernels holds 128 queries" if request.queries < 16 else None
 
     def __call__(self, q: Array, k: Array, v: Array, terms: Terms) -> tuple[Array, Array]:
         """Output `[B, T, H, K]` in the type of q and log-sum-exp `[B, H, T]`, float32."""
         from .padding import padded_attention
 
-        return padded_attention(q, k, v, terms, self.interpret)
+        return padded_attention(q, k, v, terms, self.interpret, self.deterministic)
+
+
+def _no_fused(request: Request) -> str | None:
+    """Why one kernel cannot compute all gradients, or None."""
+    if request.bias is not None:
+        return "its backward pass that adds in any order has no biases"
+    if (width := max(request.width, request.value_width)) > 64:
+        return f"its backward pass that adds in any order holds widths up to 64 in registers, not {width}"
+    return None
 
 
 def no_hopper(platform: str) -> str | None:

@@ -8,6 +8,7 @@ the same, and so is the result.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from .ring import Index, Ring, copy_all
 from .scores import Scores, along, mask_scores, score_gradient, scores, weigh
 
 Totals = tuple[Array, Array]
+Step = Callable[["KeyBlock", tuple[Ref, Ref], Array, Totals], Totals]
 
 
 class _Scratch(NamedTuple):
@@ -35,17 +37,34 @@ class _Scratch(NamedTuple):
     queries: Ring  # queries, the output's gradient, log-sum-exp, delta and tiles of a bias
 
 
-class _Block(NamedTuple):
+class KeyBlock(NamedTuple):
+    """One block: which keys it holds and which tiles of queries it goes over."""
+
     problem: Problem
     tiles: Tiles
     operands: Operands
     gradients: Gradients
-    scratch: _Scratch
+    scratch: Any
     batch: Array
     head: Array
     tile: Array
     bounds: Bounds
     warpgroup: Array
+
+    @classmethod
+    def here(
+        cls, problem: Problem, tiles: Tiles, operands: Operands, gradients: Gradients, scratch: Any
+    ) -> KeyBlock:
+        """The block that this thread belongs to."""
+        batch, head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
+        bounds = read_bounds(operands.mask, batch, tile, problem.queries // tiles.queries)
+        warpgroup = lax.axis_index("warpgroup")
+        return cls(problem, tiles, operands, gradients, scratch, batch, head, tile, bounds, warpgroup)
+
+    def run(self, compute: Callable[[], None]) -> None:
+        """Two warpgroups compute, one copies."""
+        pl.when(self.warpgroup < CONSUMERS)(compute)
+        pl.when(self.warpgroup == CONSUMERS)(lambda: copy_queries(self))
 
     @property
     def steps(self) -> Index:
@@ -106,14 +125,12 @@ def _body(
     dv: Ref,
     scratch: _Scratch,
 ) -> None:
-    batch, head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
-    bounds = read_bounds(operands.mask, batch, tile, problem.queries // tiles.queries)
-    block = _Block(problem, tiles, operands, gradients, scratch, batch, head, tile, bounds, warpgroup)
-    pl.when(warpgroup < CONSUMERS)(lambda: _compute(block, dk, dv))
-    pl.when(warpgroup == CONSUMERS)(lambda: _copy(block))
+    block = KeyBlock.here(problem, tiles, operands, gradients, scratch)
+    block.run(lambda: compute(block, dk, dv, _step))
 
 
-def _copy(block: _Block) -> None:
+def copy_queries(block: KeyBlock) -> None:
+    """The work of the copying warpgroup."""
     plgpu.set_max_registers(REGISTERS_TO_COPY, action="decrease")
     operands, gradients, size = block.operands, block.gradients, block.tiles.queries
 
@@ -128,7 +145,8 @@ def _copy(block: _Block) -> None:
     copy_all((block.scratch.queries,), block.steps * block.problem.group, sources)
 
 
-def _compute(block: _Block, dk: Ref, dv: Ref) -> None:
+def compute(block: KeyBlock, dk: Ref, dv: Ref, step: Step) -> None:
+    """The work of a computing warpgroup; `step(block, (keys, values), number, totals)` adds a tile."""
     plgpu.set_max_registers(REGISTERS_TO_COMPUTE, action="increase")
     problem, operands, scratch = block.problem, block.operands, block.scratch
     index = (block.batch, pl.ds(block.first_key, block.tiles.keys), block.head)
@@ -138,8 +156,9 @@ def _compute(block: _Block, dk: Ref, dv: Ref) -> None:
     plgpu.barrier_wait(loaded)
     zeros = problem.operations.filled_tile((block.tiles.keys, problem.width), 0)
 
-    step = functools.partial(_step, block, (keys, values))
-    d_keys, d_values = lax.fori_loop(0, problem.group * block.steps, step, (zeros, zeros))
+    steps = problem.group * block.steps
+    each = functools.partial(step, block, (keys, values))
+    d_keys, d_values = lax.fori_loop(0, steps, each, (zeros, zeros))
     keys[...] = (d_keys * problem.scale).astype(keys.dtype)
     values[...] = d_values.astype(values.dtype)
     plgpu.commit_smem()
@@ -148,7 +167,7 @@ def _compute(block: _Block, dk: Ref, dv: Ref) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _step(block: _Block, held: tuple[Ref, Ref], number: Array, totals: Totals) -> Totals:
+def _step(block: KeyBlock, held: tuple[Ref, Ref], number: Array, totals: Totals) -> Totals:
     ring = block.scratch.queries
     slot = ring.slot(number)
     ring.wait(slot)
@@ -158,15 +177,25 @@ def _step(block: _Block, held: tuple[Ref, Ref], number: Array, totals: Totals) -
     return totals
 
 
-def _two_at_once(
-    block: _Block, held: tuple[Ref, Ref], slot: Array, place: tuple[Index, Index], totals: Totals
+def _one_by_one(
+    block: KeyBlock, held: tuple[Ref, Ref], slot: Array, place: tuple[Index, Index], totals: Totals
 ) -> Totals:
-    """The sums with a tile; the tensor cores are busy while exponentials are taken."""
+    """The sums with a tile, one product after the other, where they leave few registers."""
+    d_keys, d_values = totals
+    d_scores, d_values = gradient_of_scores(block, held, slot, place, d_values)
+    queries = block.scratch.queries.buffers[0].at[slot]
+    return block.problem.operations.add_product(d_keys, d_scores, queries), d_values
+
+
+def _two_at_once(
+    block: KeyBlock, held: tuple[Ref, Ref], slot: Array, place: tuple[Index, Index], totals: Totals
+) -> Totals:
+    """The same; the tensor cores are busy while exponentials are taken."""
     problem, operations, (keys, values) = block.problem, block.problem.operations, held
     queries, d_out, lse, delta = (buffer.at[slot] for buffer in block.scratch.queries.buffers[:4])
 
     def respond(products: Array) -> tuple[Array, Array]:
-        found = _scores(block, slot, place, products)
+        found = _tile_scores(block, slot, place, products)
         weights, response = weigh(problem, found, operations.column_values(lse), 1)
         return weights.astype(problem.dtype), response
 
@@ -175,18 +204,18 @@ def _two_at_once(
     return operations.add_two_products(totals, ((d_scores, queries), (weights, d_out)))
 
 
-def _one_by_one(
-    block: _Block, held: tuple[Ref, Ref], slot: Array, place: tuple[Index, Index], totals: Totals
-) -> Totals:
-    """The same, one product after the other, where the sums leave few registers.
+def gradient_of_scores(
+    block: KeyBlock, held: tuple[Ref, Ref], slot: Array, place: tuple[Index, Index], d_values: Array
+) -> tuple[Array, Array]:
+    """A tile's gradient `[keys, queries]` in the type of the inputs, and `d_values` with the tile.
 
     The barriers keep the compiler from doing early what is needed late. With a soft cap the exponentials are
     taken twice, as scores and what follows from them do not fit at once.
     """
     problem, operations = block.problem, block.problem.operations
-    (keys, values), (d_keys, d_values) = held, totals
+    keys, values = held
     queries, d_out, _, delta = (buffer.at[slot] for buffer in block.scratch.queries.buffers[:4])
-    found = _scores(block, slot, place, operations.product(keys, queries))
+    found = _tile_scores(block, slot, place, operations.product(keys, queries))
 
     def respond(value: Array, slot: Array) -> tuple[Array, Array]:
         lse = operations.column_values(block.scratch.queries.buffers[2].at[slot])
@@ -205,16 +234,15 @@ def _one_by_one(
     d_weights = operations.product_from(less, values, d_out)
     if problem.soft_cap is not None:
         response = respond(value, later)[1]
-    d_scores = (response * d_weights).astype(problem.dtype)
-    return operations.add_product(d_keys, d_scores, queries), d_values
+    return (response * d_weights).astype(problem.dtype), d_values
 
 
-def _score_gradient(block: _Block, response: Array, d_weights: Array, delta: Ref) -> Array:
+def _score_gradient(block: KeyBlock, response: Array, d_weights: Array, delta: Ref) -> Array:
     values = block.problem.operations.column_values(delta)
     return score_gradient(response, d_weights, values, 1).astype(block.problem.dtype)
 
 
-def _scores(block: _Block, slot: Array, place: tuple[Index, Index], products: Array) -> Scores:
+def _tile_scores(block: KeyBlock, slot: Array, place: tuple[Index, Index], products: Array) -> Scores:
     operands, operations, sizes = block.operands, block.problem.operations, block.tiles
     member, tile = place
     first_query, distance = tile * sizes.queries, None

@@ -73,6 +73,15 @@ class Warpgroup:
 
         return pl.run_scoped(compute, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
+    def product_of_transposed(self, a: Ref, b: Ref) -> Array:
+        """The transpose of `a [k, m]` times `b [k, n]`, both in shared memory: float32 `[m, n]`."""
+
+        def compute(total: Ref) -> Array:
+            plgpu.wgmma(total, plgpu.transpose_ref(a, (1, 0)), b)
+            return total[...]
+
+        return pl.run_scoped(compute, plgpu.ACC((a.shape[1], b.shape[1]), jnp.float32))
+
     def add_product(self, total: Array, a: Array, b: Ref, meanwhile: Callable[[], None] = nothing) -> Array:
         """`total [m, n]` plus `a [m, k]`, in registers, times `b [k, n]`, in shared memory."""
 
@@ -151,6 +160,10 @@ class Interpreted(Warpgroup):
         value = _dot(a[...], b[...].T)
         meanwhile()
         return value
+
+    def product_of_transposed(self, a: Ref, b: Ref) -> Array:
+        """In plain arithmetic."""
+        return _dot(a[...].T, b[...])
 
     def add_product(self, total: Array, a: Array, b: Ref, meanwhile: Callable[[], None] = nothing) -> Array:
         """In plain arithmetic, then what is done meanwhile."""

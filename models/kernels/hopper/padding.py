@@ -21,7 +21,7 @@ MULTIPLE = 128  # of lengths: what a block of the kernels holds
 
 
 def padded_attention(
-    q: Array, k: Array, v: Array, terms: Terms, interpret: Any = None
+    q: Array, k: Array, v: Array, terms: Terms, interpret: Any = None, deterministic: bool = True
 ) -> tuple[Array, Array]:
     """Output `[B, T, H, K]` and log-sum-exp `[B, H, T]`, float32.
 
@@ -35,7 +35,7 @@ def padded_attention(
     lengths = (problem.queries, problem.keys, problem.keys)
     q, k, v = (_padded(x, length, problem.width) for x, length in zip((q, k, v), lengths))
     bias = None if terms.bias is None else terms.bias.extended(problem.queries, problem.keys)
-    out, lse = attend(problem, plan(problem.width, bias), Inputs(q, k, v, seen, bias))
+    out, lse = attend(problem, plan(problem.width, bias, deterministic), Inputs(q, k, v, seen, bias))
     out, lse = out[:, :queries, :, :width], lse[:, :, :queries]
     if terms.sinks is None:
         return out, lse
@@ -43,7 +43,7 @@ def padded_attention(
     return wide.astype(out.dtype), lse
 
 
-def plan(width: int, bias: Bias | None) -> Plan:
+def plan(width: int, bias: Bias | None, deterministic: bool = True) -> Plan:
     """Tile sizes, after what tokamax's autotuning found for its like kernels on an H100.
 
     tokamax (openxla/tokamax), tuning tables of its Mosaic GPU flash attention. Larger tiles than these spill
@@ -52,7 +52,7 @@ def plan(width: int, bias: Bias | None) -> Plan:
     narrow = width <= 64
     forward = Tiles(64, 128 if bias is None else 64, 4 if narrow else 2)
     backward = Tiles(64, 64, 3 if narrow or bias is None or isinstance(bias, ALiBi) else 2)
-    return Plan(forward, backward, backward, Tiles(64, 64, 3 if narrow else 2))
+    return Plan(forward, backward, backward, Tiles(64, 64, 3 if narrow else 2), deterministic)
 
 
 def _problem(q: Array, k: Array, v: Array, terms: Terms, interpret: Any) -> Problem:

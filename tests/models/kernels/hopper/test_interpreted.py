@@ -3,13 +3,16 @@
 Products and layouts are replaced there (see `operations`): this tests indices, masks, barriers and copies.
 """
 
+import dataclasses
+
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+from modicum.models.kernels import Causal
 from modicum.models.kernels.hopper import Hopper
 
-from .cases import CASES, assert_within_twice_plain
+from .cases import CASES, Case, assert_within_twice_plain
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "compiled_once")
 # some cases take long, and what they alone would show only a GPU does
@@ -25,4 +28,13 @@ def interpreted(case):
 def test_within_twice_the_error_of_plain_attention(case):
     gpu_callbacks.reset_gpu_interpret_mode_state()
     assert_within_twice_plain(case, INTERPRETED)
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("reduce_adds")
+def test_one_kernel_for_all_gradients():
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    case = Case("causal, groups, soft cap", Causal(), 128, 128, soft_cap=5.0)
+    assert_within_twice_plain(case, dataclasses.replace(INTERPRETED, deterministic=False))
     assert not gpu_callbacks.get_races().races_found

@@ -48,6 +48,14 @@ def test_within_twice_the_error_of_plain_attention(case):
     assert_within_twice_plain(case, jax.jit(Hopper().__call__))
 
 
+NARROW = [case for case in CASES + LARGER if case.width <= 64 and case.bias is None]
+
+
+@pytest.mark.parametrize("case", NARROW, ids=lambda case: case.name)
+def test_one_kernel_for_all_gradients(case):
+    assert_within_twice_plain(case, jax.jit(Hopper(deterministic=False).__call__))
+
+
 def test_gradients_are_the_same_every_time():
     case = LARGER[0]
     first, second = (values_and_gradients(Hopper(), case.arrays(), case.terms()) for _ in range(2))

@@ -74,3 +74,11 @@ def test_forced_on_a_cpu_it_raises():
         InputError, match="impl='hopper' cannot compute this attention: it is for Hopper GPUs"
     ):
         attention(q, q, q, mask=Causal(), impl="hopper")
+
+
+def test_gradients_in_any_order_only_where_it_can_and_only_when_asked_for():
+    fused = dataclasses.replace(INTERPRETED, deterministic=False)
+    assert fused.supports(REQUEST) is None
+    assert "differ from run to run" in fused.unfit(REQUEST)
+    assert "has no biases" in fused.supports(dataclasses.replace(REQUEST, bias=ALiBi(np.ones(4, np.float32))))
+    assert "up to 64 in registers, not 128" in fused.supports(dataclasses.replace(REQUEST, width=128))
