@@ -8,7 +8,7 @@ Prints the table of docs/pipeline.md: what the compiler allots (`memory_analysis
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ CASES = (
 
 def compiled_gradient(case: Case) -> jax.stages.Compiled:
     """Loss and gradients of one batch."""
-    model = Transformer(TransformerConfig(**{**vars(SHAPE), "remat": case.remat}))
+    model = Transformer(replace(SHAPE, remat=case.remat))
     layout = Layout(make_mesh(MeshShape.parse(case.mesh)), schedule=case.schedule)
     loss = language_modelling(full_tuning(model))
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
