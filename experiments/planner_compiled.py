@@ -178,6 +178,8 @@ def page(found: Sequence[Found], assume: Assumptions) -> str:
     worst, within = max(map(abs, wrong)), sum(abs(each) <= 0.1 for each in wrong)
     plain, efficiency = agreement(found, assume)
     unknown = sum(len(one.proof.walked.unknown) for one in found)
+    absent = [str(case) for case in CASES if case not in [one.case for one in found]]
+    note = f"\nNot compiled yet: {'; '.join(absent)}.\n" if absent and len(found) > 1 else ""
     return f"""# The planner beside the compiler
 
 `modicum study planner-compiled --markdown docs/results/planner_compiled.md` makes this page: the step of
@@ -188,7 +190,8 @@ docs/plan.md.
 
 {memory_table(found, assume).markdown()}
 Predicted peaks within 10%: **{within} of {len(found)}**, worst {worst:.0%}. Peak: arguments, temporaries and
-outputs that are no argument's buffer. Parts: micro-batches. Nothing is fitted to these.
+outputs that are no argument's buffer. Parts: micro-batches. No number is fitted to them; what *none* keeps
+was corrected by what JAX saves (docs/plan.md) after its first case was 22% too low.
 
 ## Time
 
@@ -199,7 +202,7 @@ operations take at the peak, so that size does not count: **{efficiency:.2f}**. 
 and bytes of every instruction times the trips of its loops ({unknown} of unknown trips), collectives by the
 mesh axes of their groups. *On the chip*: roofline of everything but collectives; *waiting*: collectives that
 the program waits for; *beside*: those that it computes beside other work.
-"""
+{note}"""
 
 
 def _memory_row(one: Found, plan: Plan) -> tuple[Cell, ...]:

@@ -44,7 +44,7 @@ class CostClaims:
 class PlannerCompiled:
     """The planner's memory and time beside compiled train steps, on TPUs that need not be there."""
 
-    kept: Path = Path("runs/planner_compiled.jsonl")
+    kept: Path = Path("docs/results/planner_compiled.jsonl")
     """What compilers said; cases that it has are not compiled again."""
     markdown: Path | None = None
     """Also write the page into this file."""

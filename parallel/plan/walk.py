@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .groups import Collective, collective, collective_kind
 from .hlo import Computation, Instruction, Program
@@ -67,6 +68,20 @@ class Walked:
         return sum(
             work.times * max(work.flops / rate, work.bytes / bandwidth, work.host / pcie)
             for work in self.works
+        )
+
+    def merged(self) -> Walked:
+        """The same with equal work, and equal collectives, written once for all their times."""
+        works, collectives = Counter[Work](), Counter[Collective]()
+        for work in self.works:
+            works[replace(work, times=0)] += work.times
+        for one in self.collectives:
+            collectives[one._replace(times=0)] += one.times
+        return Walked(
+            [replace(work, times=times) for work, times in works.items()],
+            [one._replace(times=times) for one, times in collectives.items()],
+            list(self.unknown),
+            self.kernels,
         )
 
     def sent(self) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:

@@ -159,7 +159,7 @@ def prove(lowered: jax.stages.Lowered, split: Split) -> Proof:
         temporaries=said.temp_size_in_bytes,
         host=said.host_argument_size_in_bytes + said.host_temp_size_in_bytes,
         code=said.generated_code_size_in_bytes,
-        walked=walk(text, mesh_sizes(split)),
+        walked=walk(text, mesh_sizes(split)).merged(),
     )
 
 

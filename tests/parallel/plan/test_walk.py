@@ -64,9 +64,11 @@ def test_a_loop_counts_each_of_its_trips(start, limit, trips):
     found = walk(loop(start, limit), ONE | {"data": 2, "tensor": 2})
     assert found.flops == trips * 2 * 8 * 16 * 16
     assert not found.unknown
-    # counter: two numbers read and one written; slice: read and written; product: x, weight, y; all of 4 bytes
+    # counter: two numbers read, one written; slice: read and written; product: x, weight, y; 4 bytes each
     assert found.bytes == trips * 4 * (3 + 2 * 16 * 16 + 8 * 16 + 16 * 16 + 8 * 16)
     assert found.sent() == {("all-reduce", ("tensor",)): (trips, trips * 2 * 0.5 * 4 * 8 * 16)}
+    merged = found.merged()
+    assert (merged.flops, merged.bytes, merged.sent()) == (found.flops, found.bytes, found.sent())
 
 
 def test_a_loop_of_unknown_trips_is_named_and_counts_once():
