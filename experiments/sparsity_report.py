@@ -128,7 +128,7 @@ def activation_figures(found: ActivationStatistics) -> list[Figure]:
 def mass_figure(mass: Sequence[LayerMass]) -> Figure:
     """The share of the mass that the largest neurons hold."""
     lines = [Line(_short(layer.name), list(SHARES), [layer.held.tolist()]) for layer in _drawn(mass)]
-    x = Axis("largest neurons of each token, as a share of all", log=True)
+    x = Axis("largest neurons of each token, as a share of all")
     return Figure(line_plot("Mass of the largest neurons", x, Axis("share of the mass"), lines))
 
 

@@ -105,7 +105,10 @@ class ExpertsModule(nn.Module):
             return param.astype(config.precision.compute)
 
         std = config.initial_std
-        shapes = {"up": (matrix, std), "down": (matrix, std / np.sqrt(2 * config.layers))}
+        shapes: dict[str, tuple[tuple[int, ...], float]] = {
+            "up": (matrix, std),
+            "down": (matrix, std / np.sqrt(2 * config.layers)),
+        }
         if choice.gated:
             shapes["gate"] = matrix, std
         if choice.bias:

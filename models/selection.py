@@ -104,7 +104,7 @@ def expert_mass(experts: Experts, x: jax.Array) -> jax.Array:
     that the output matrix takes.
     """
     rows = x.reshape(-1, x.shape[-1])
-    dense = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), experts.replace(down_bias=None))
+    dense = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), experts.without_output_bias())
     hidden = promote_statistics(neurons(dense, rows, lambda weights, x: x @ weights.T))
     mass = jnp.abs(hidden).reshape(-1, experts.count, experts.size).sum(-1)
     return mass.reshape(*x.shape[:-1], experts.count)

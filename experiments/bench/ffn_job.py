@@ -94,6 +94,6 @@ def _sparse(
 ) -> jax.Array:
     module = job.selection.build(job.experts, FP32)
     for experts, router in zip(stack, routers):
-        scores = module.apply({"params": router} if router else {}, x, experts)
+        scores: Any = module.apply({"params": router} if router else {}, x, experts)
         x = x + sparse_feed_forward(x, experts, lax.top_k(scores, chosen)[1], impl=impl)
     return x

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from .. import GroupedQuery, Rotary, TransformerConfig
-from ..mlp import MLP, GatedMLP
+from ..config import FeedForward
 
 # How a model is run and how it would be trained from scratch; no published file of weights has it.
 NOT_COMPARED = ("scan", "remat", "vocab_multiple", "precision", "dropout", "initial_std")
@@ -29,7 +29,7 @@ def described(config: TransformerConfig) -> dict[str, Any]:
     return values
 
 
-def _layer(config: TransformerConfig, index: int) -> tuple[GroupedQuery | None, MLP | GatedMLP | None]:
+def _layer(config: TransformerConfig, index: int) -> tuple[GroupedQuery | None, FeedForward | None]:
     attention, mlp = config.layer(index)
     width = attention.width_of_head(config.width)
     plain = replace(

@@ -72,8 +72,8 @@ def regrouped(dense: Experts, groups: np.ndarray) -> Experts:
     width = dense.count
     if sorted(groups.ravel().tolist()) != list(range(width)):
         raise InputError(f"groups {list(groups.shape)} do not have each of {width} neurons once")
-    moved = jax.tree.map(lambda leaf: leaf[:, 0][groups], dense.replace(down_bias=None))
-    return moved.replace(down_bias=dense.down_bias)
+    moved = jax.tree.map(lambda leaf: leaf[:, 0][groups], dense.without_output_bias())
+    return replace(moved, down_bias=dense.down_bias)
 
 
 def input_weights(dense: Experts) -> np.ndarray:
@@ -94,7 +94,8 @@ def capture_inputs(
     for batch in batches:
         for path, value in read(layers.params, dict(batch)).items():
             mask = np.asarray((real or real_tokens)(batch, path))
-            mask = mask if mask.shape == value.shape[:2] else mask.any(-1, keepdims=True)  # one token a row
+            if mask.shape != value.shape[:2]:  # one token of each row is read
+                mask = np.asarray(mask.any(-1, keepdims=True))
             found = np.asarray(value, np.float32)[np.broadcast_to(mask, value.shape[:2])]
             order, old = draws[path].random(len(found)), kept.get(path)
             if old is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,8 @@ def _captured(
 ) -> tuple[jax.Array, ...]:
     mass = expert_mass(experts, inputs)
     module = selection.build(experts.count, FP32)
-    picked = lax.top_k(module.apply({"params": params}, inputs, experts), chosen)[1]
+    scores: Any = module.apply({"params": params}, inputs, experts)
+    picked = lax.top_k(scores, chosen)[1]
     best, wanted = lax.top_k(mass, chosen)
     total = mass.sum(-1)
     active = total > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from flax import struct
@@ -44,6 +45,10 @@ class Experts:
     def width(self) -> int:
         """D."""
         return self.up.shape[2]
+
+    def without_output_bias(self) -> Experts:
+        """The same without the bias of `down`, so that every leaf begins with the axis of experts."""
+        return dataclasses.replace(self, down_bias=None)
 
     def check(self, x: Any, chosen: Any) -> None:
         """Raise `InputError` where x `[..., D]`, chosen `[..., k]` and the weights do not fit together."""

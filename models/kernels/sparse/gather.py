@@ -41,12 +41,12 @@ class Gather:
         """`[N, D]`."""
         if x.shape[0] == 1:
             return _token(x[0], chosen[0], experts)[None]
-        return lax.map(lambda each: _token(*each, experts), (x, chosen))
+        return lax.map(lambda each: _token(each[0], each[1], experts), (x, chosen))
 
 
 def _token(x: Array, chosen: Array, experts: Experts) -> Array:
     """One token `[D]` and its experts `[k]`."""
-    mine = jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), experts.replace(down_bias=None))
+    mine = jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), experts.without_output_bias())
     hidden = neurons(mine, x, lambda weights, x: jnp.einsum("knd,d->kn", weights, x))
     wide = statistics_dtype(x.dtype)
     return jnp.einsum("kn,knd->d", hidden, mine.down, preferred_element_type=wide).astype(x.dtype)

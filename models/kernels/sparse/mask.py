@@ -29,7 +29,7 @@ class Mask:
         """`[N, D]`. Weights are taken as `[E n, D]`: of three axes XLA on CPUs would make a copy first."""
         rows = jnp.arange(x.shape[0])[:, None]
         picked = jnp.zeros((x.shape[0], experts.count), bool).at[rows, chosen].set(True)
-        dense = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), experts.replace(down_bias=None))
+        dense = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), experts.without_output_bias())
         hidden = neurons(dense, x, lambda weights, x: x @ weights.T)
         hidden = jnp.where(jnp.repeat(picked, experts.size, axis=1), hidden, 0)
         wide = statistics_dtype(x.dtype)

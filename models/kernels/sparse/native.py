@@ -69,7 +69,7 @@ class Native:
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
         """`[N, D]`; the backward pass is that of `gather`."""
         register()
-        return _call(x, experts.replace(down_bias=None), chosen)
+        return _call(x, experts.without_output_bias(), chosen)
 
 
 @jax.custom_vjp

@@ -28,7 +28,7 @@ class Steps:
 
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
         """`[N, D]`."""
-        return lax.map(lambda each: _token(*each, experts), (x, chosen))
+        return lax.map(lambda each: _token(each[0], each[1], experts), (x, chosen))
 
 
 def _token(x: Array, chosen: Array, experts: Experts) -> Array:
@@ -37,7 +37,7 @@ def _token(x: Array, chosen: Array, experts: Experts) -> Array:
     def step(total: Array, expert: Array) -> tuple[Array, None]:
         mine = jax.tree.map(
             lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False),
-            experts.replace(down_bias=None),
+            experts.without_output_bias(),
         )
         hidden = neurons(mine, x, lambda weights, x: weights @ x)
         return total + jnp.dot(hidden, mine.down, preferred_element_type=wide), None

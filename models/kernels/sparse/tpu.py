@@ -58,7 +58,7 @@ class SparseTpu:
 
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
         """`[N, D]`; the backward pass is that of `gather`."""
-        return _call(self.interpret, x, experts.replace(down_bias=None), chosen)
+        return _call(self.interpret, x, experts.without_output_bias(), chosen)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
