@@ -25,7 +25,7 @@ def backward_blocks(request: Request) -> Blocks:
 
 
 def _tuned(kernels: str, request: Request) -> Blocks | None:
-    """What the table has, which `modicum bench attention-bounds --tune` writes."""
+    """What the table has, if it has an entry."""
     found = found_fields(request.dtype, request.width, request.mask)
     blocks = block_sizes(kernels, length=max(request.queries, request.keys), **found)
     return None if blocks is None else Blocks(*blocks)
