@@ -36,6 +36,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Whole(),
     Tpu(),
     Hopper(),
+    Hopper("hopper_fused", deterministic=False),  # by name only
     Chunked(),
     Reference(),
     CuDNN(),

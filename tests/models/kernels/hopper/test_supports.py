@@ -20,6 +20,7 @@ from modicum.models.kernels import (
     attention,
 )
 from modicum.models.kernels.hopper import Hopper
+from modicum.models.kernels.registry import choose, implementations
 
 REQUEST = Request("cpu", 2, 256, 256, 4, 2, 64, 64, "bfloat16", Causal(), None, False)
 INTERPRETED = Hopper(interpret="anything")
@@ -77,8 +78,10 @@ def test_forced_on_a_cpu_it_raises():
 
 
 def test_gradients_in_any_order_only_where_it_can_and_only_when_asked_for():
+    assert choose(REQUEST, "auto").name != "hopper_fused"
     fused = dataclasses.replace(INTERPRETED, deterministic=False)
     assert fused.supports(REQUEST) is None
+    assert [each.deterministic for each in implementations() if isinstance(each, Hopper)] == [True, False]
     assert "differ from run to run" in fused.unfit(REQUEST)
     assert "has no biases" in fused.supports(dataclasses.replace(REQUEST, bias=ALiBi(np.ones(4, np.float32))))
     assert "up to 64 in registers, not 128" in fused.supports(dataclasses.replace(REQUEST, width=128))
