@@ -181,8 +181,10 @@ def _remats(size: Sizes, sublayers: int, flops: float, core: float, stored: floa
     first = 2.0 * size.width * (size.heads + 2 * size.key_heads)
     both = max(1, sublayers) * stream  # the input, and the stream between the sublayers
     nothing = Remat("none", 2 * stream * sublayers + masks, split, 0.0)
-    if size.ours:  # each product keeps a copy of what it multiplies, gathered where tensor splits the stream
-        copies = (3.0 if size.heads else 0.0) + (size.up if size.mlp else 0)
+    if (
+        size.ours
+    ):  # products keep what they multiply, gathered where tensor splits the stream; XLA merges equals
+        copies = float(size.heads > 0) + float(size.mlp > 0)
         kept = split + byte * size.heads
         nothing = Remat("none", stream * sublayers + masks, kept, 0.0, gathered=copies * stream)
     return (
