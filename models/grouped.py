@@ -72,12 +72,12 @@ def _own(rows: Array, sizes: Array) -> Array:
 
 
 class _Tiles(NamedTuple):
-    """Tiles of `size` rows: tile j of `count` is of one group; its last rows may be of the next."""
+    """Tiles of `size` rows: tile j of `number` is of one group; its last rows may be of the next."""
 
     size: int
     sizes: Array
     ends: Array  # [E], how many tiles the groups up to each have
-    count: Array
+    number: Array
 
     @classmethod
     def of(cls, rows: int, sizes: Array) -> _Tiles:
@@ -108,7 +108,7 @@ def _tiled_product(rows: Array, kernels: Array, sizes: Array) -> Array:
         )  # the next tile overwrites what is not its own
 
     start = vary(jnp.zeros((len(padded), width), rows.dtype), varying_axes(rows))
-    return _own(lax.fori_loop(0, tiles.count, compute, start)[: len(rows)], sizes)
+    return _own(lax.fori_loop(0, tiles.number, compute, start)[: len(rows)], sizes)
 
 
 def _tiled_outer(rows: Array, slope: Array, sizes: Array) -> Array:
@@ -124,4 +124,4 @@ def _tiled_outer(rows: Array, slope: Array, sizes: Array) -> Array:
         return lax.dynamic_update_index_in_dim(total, here, group, 0)
 
     zeros = jnp.zeros((len(sizes), rows.shape[1], slope.shape[1]), rows.dtype)
-    return lax.fori_loop(0, tiles.count, add, vary(zeros, varying_axes(rows)))
+    return lax.fori_loop(0, tiles.number, add, vary(zeros, varying_axes(rows)))
