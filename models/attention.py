@@ -178,9 +178,9 @@ class AttentionModule(nn.Module):
         self, query: jax.Array, key: Any, value: Any, mask: Mask, bias: Bias | None, return_lse: bool
     ) -> Any:
         """What `attend` returns, by whichever kernel is for these keys and values."""
+        given: dict[str, Any] = {"mask": mask, "bias": bias, "return_lse": return_lse}
         if isinstance(key, Joined) and isinstance(value, Joined):
-            given = {"mask": mask, "bias": bias, "return_lse": return_lse}
             return decode_attention(query, key, value, **given, **self.choice.scores)
         key, value = jnp.asarray(key), jnp.asarray(value)
-        given = {"mask": mask, "bias": bias, "return_lse": return_lse, "impl": self.choice.implementation}
+        given |= {"impl": self.choice.implementation}
         return attention(query, key, value, **given, **self.choice.scores)

@@ -72,7 +72,7 @@ def map_arrays(change: Callable[[str, Any], Any], node: Node) -> Node:
             return map_arrays(change, child)
         return change(rows[path[0].name] if jnp.ndim(child) else "", child)
 
-    return structure.unflatten([changed(path, child) for path, child in children])
+    return jax.tree.unflatten(structure, [changed(path, child) for path, child in children])
 
 
 def explicit(node: Node) -> Node:
@@ -84,4 +84,6 @@ def explicit(node: Node) -> Node:
     children, structure = jax.tree.flatten(
         node, is_leaf=lambda child: child is not node and isinstance(child, NODES)
     )
-    return structure.unflatten([explicit(child) if isinstance(child, NODES) else child for child in children])
+    return jax.tree.unflatten(
+        structure, [explicit(child) if isinstance(child, NODES) else child for child in children]
+    )

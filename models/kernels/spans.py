@@ -16,7 +16,7 @@ class Span(NamedTuple):
 
     start: int | Array
     size: int
-    held: int | None = None
+    held: int | Array | None = None
 
     def indices(self) -> Array:
         """The indices themselves, int32 `[size]`."""
