@@ -109,7 +109,9 @@ def test_single_precision(decoder, alone, case):
 def test_half_precision(decoder, alone, precision, case):
     """The same steps overflow on every mesh: the scale and the count of skipped steps are equal."""
     options = {"scaling": OVERFLOWING} if precision == "fp16" else {}
-    expected, found = alone(precision, **options), train(decoder, case, precision, **options)
+    # In chunks the head's gradient is summed in float32 and overflows later: the reference is in chunks too.
+    expected = alone(precision, chunk=case.chunk, **options)
+    found = train(decoder, case, precision, **options)
     jax.tree.map(np.testing.assert_array_equal, found.initial, expected.initial)
     drift = max(abs(a - b) for a, b in zip(found.losses, expected.losses))
     print(f"{precision} {case}: the loss drifts by {drift:.1e} in {STEPS} steps")
