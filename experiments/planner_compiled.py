@@ -225,11 +225,12 @@ def _read(line: str) -> tuple[Case, Proof]:
     from ..parallel.plan.groups import Collective
 
     walked["works"] = [Work(**work) for work in walked["works"]]
-    walked["collectives"] = [
-        Collective(*(tuple(part) if isinstance(part, list) else part for part in each))
-        for each in walked["collectives"]
-    ]
+    walked["collectives"] = [Collective._make(map(_hashable, each)) for each in walked["collectives"]]
     return case, Proof(**row, walked=Walked(**walked))
+
+
+def _hashable(part: Any) -> Any:
+    return tuple(part) if isinstance(part, list) else part
 
 
 def _gib(size: float) -> float:

@@ -293,7 +293,7 @@ class Study:
         """Milliseconds of a forward pass whole and with the upper half's layers pruned, in turn."""
         work = self.work(name)
         stored = self.arrays(name, seed)
-        batch, programs = next(iter(work.batches(work.rows.test))), work.programs
+        batch, programs = dict(next(iter(work.batches(work.rows.test)))), work.programs
         means = stored["means"]
         upper = np.arange(len(means)) >= len(means) // 2
         models = {"whole": (programs.model, programs.params)}

@@ -148,7 +148,7 @@ def speed_table(speed: Mapping[str, Any]) -> Table:
 def transfer_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> Table:
     """A row a target task, a column a source whose prompt stands in front."""
     sources = [*names, "untrained"]
-    rows = tuple(
+    rows: tuple[tuple[str | Measured, ...], ...] = tuple(
         (
             name,
             *(Measured.of([100 * found["transfer"][name, seed][each] for seed in seeds]) for each in sources),

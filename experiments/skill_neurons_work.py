@@ -16,7 +16,7 @@ from ..models import Transformer
 from ..models.hooks import site_shapes
 from ..models.model import Params
 from ..research import delta
-from ..research.data.batches import Batch, Batches, evaluation_batches
+from ..research.data.batches import Batches, evaluation_batches
 from ..research.data.parts import Part, spread_out
 from ..research.neurons import (
     Accuracy,
@@ -31,7 +31,7 @@ from ..research.neurons import (
     one_against_rest,
 )
 from ..research.neurons.interventions import Intervention
-from ..research.neurons.reading import model_inputs, real_places
+from ..research.neurons.reading import Batch, model_inputs, real_places
 from ..research.training.config import OptimizerConfig, TrainingConfig
 from ..research.training.trials import HEAD, Trials
 from .delta_methods import Backbone
@@ -50,7 +50,7 @@ class Programs:
     def __init__(self, backbone: Backbone, labels: int, example: Batch, steps: int, prompt: int) -> None:
         self.prompt, self.subtasks = prompt, one_against_rest(labels)
         self.model, self.params = backbone.with_head(labels)
-        self.spec = {"": delta.SoftPrompt(length=prompt), HEAD: delta.Full()}
+        self.spec: delta.Spec = {"": delta.SoftPrompt(length=prompt), HEAD: delta.Full()}
         self.tuned = delta.attach(self.model, self.spec)
         training = TrainingConfig(
             steps=steps, batch=len(example["label"]), optimizer=OptimizerConfig("adamw")
@@ -74,7 +74,7 @@ class Programs:
         return activations(bound, arrays[1], batch, read=TokenMean(), prompt=self.prompt)
 
     def _logits(self, arrays: Any, batch: Batch, intervention: Intervention, rng: jax.Array) -> jax.Array:
-        given = {"intervention": intervention, "layers": self.layers, "rng": rng}
+        given: dict[str, Any] = {"intervention": intervention, "layers": self.layers, "rng": rng}
         bound = self.tuned.bind(arrays[0])
         return intervene(bound, arrays[1], batch["tokens"], **given, **model_inputs(batch))
 

@@ -107,12 +107,12 @@ def _on_mesh(loss: ChunkedLoss, wanted: tuple[bool, ...], *given: Any) -> tuple[
     parts = loss.row_axes + loss.length_axes
     nowhere, words = PartitionSpec(), make_spec([loss.word_axes])
     kept: list[Any] = [tokens, make_spec([parts, *names]), make_spec([parts, loss.word_axes])]
-    kept = [spec if wants else None for spec, wants in zip(kept, wanted)]
+    kept = [*(spec if wants else None for spec, wants in zip(kept, wanted)), tokens, tokens]
     return jax.shard_map(
         compute,
         mesh=loss.mesh,
         in_specs=(tokens, make_spec(names), words, tokens, tokens),
-        out_specs=((nowhere, nowhere), Kept(*kept, tokens, tokens)),
+        out_specs=((nowhere, nowhere), Kept(*kept)),
         check_vma=False,
     )(*given)
 

@@ -68,6 +68,7 @@ def routed(
     into = PartitionSpec(place.experts or None, None, place.neurons or None)
     back = PartitionSpec(place.experts or None, place.neurons or None)
     gate = None if kernels.gate is None else into
+    places: Any = ExpertWeights(into, back, gate)  # type: ignore[arg-type]
 
     def own(x: Array, experts: Array, weights: Array, kernels: ExpertWeights) -> Array:
         return _on_device(place, x, experts, weights, kernels, activation)
@@ -75,7 +76,7 @@ def routed(
     return jax.shard_map(
         own,
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, ExpertWeights(into, back, gate)),
+        in_specs=(tokens, tokens, tokens, places),
         out_specs=tokens,
         axis_names=set(mesh.axis_names) - manual,
     )(x, experts, weights, kernels)

@@ -7,6 +7,7 @@ batch over `pipe` too, and no device waits for them. Other mesh axes stay with t
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,8 +26,7 @@ from .block import Context
 from .config import TransformerConfig
 from .kernels.letters import map_arrays
 from .routing import COLLECTION
-from .stack import _call as call_layer
-from .stack import _remat as remat_body
+from .stack import call_layer, remat_body
 
 logger = logging.getLogger("modicum.pipeline")
 AXIS = "pipe"
@@ -136,7 +136,8 @@ def split_context(
 ) -> tuple[list[Any], list[Any], Callable[[list, list], Context]]:
     """The arrays of `context` with a row for each of the batch's, those that all rows share, and it again."""
     leaves, structure = jax.tree.flatten(context)
-    marked = context.replace(
+    marked = dataclasses.replace(
+        context,
         mask=map_arrays(_has_rows(rows), context.mask),
         positions=jax.tree.map(lambda array: _has_rows(rows)("B", array), context.positions),
         bias=None if context.bias is None else map_arrays(_has_rows(rows), context.bias),
@@ -145,13 +146,13 @@ def split_context(
 
     def rebuild(given: list[Any], shared: list[Any]) -> Context:
         from_given, from_shared = iter(given), iter(shared)
-        return structure.unflatten([next(from_given if mine else from_shared) for mine in own])
+        return jax.tree.unflatten(structure, [next(from_given if mine else from_shared) for mine in own])
 
     given = [leaf for leaf, mine in zip(leaves, own) if mine]
     return given, [leaf for leaf, mine in zip(leaves, own) if not mine], rebuild
 
 
-def _has_rows(rows: int) -> Callable[[str, Any], bool]:
+def _has_rows(rows: int) -> Callable[[str, Any], np.ndarray]:
     # An array, not a bool: a tree takes those for structure where numbers are.
     return lambda letters, array: np.asarray(letters.startswith("B") and array.shape[0] == rows)
 

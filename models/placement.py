@@ -135,7 +135,8 @@ class Placement:
             return self.compute(module, call, *args)
         if self.layout.mesh.shape["pipe"] > 1:
             if isinstance(module, Stacked) and method == "stacked" and not module.is_initializing():
-                return run_in_stages(module, *args[1:], self.layout)
+                _, x, context_of_layers = args
+                return run_in_stages(module, x, context_of_layers, self.layout)
             if module.name == "layers_0":
                 raise InputError("mesh axis pipe splits scanned layers; add scan=True (--scan), or use data")
         if method != "__call__":

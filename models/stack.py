@@ -55,7 +55,7 @@ def apply_layers(
     for index, policy in enumerate(policies):
         block = Block(config, index % config.period, cross, name=f"layers_{index}")
         needed = read if index == layers - 1 else None
-        x, _ = _remat(_call, policy, True)(block, x, context, needed)
+        x, _ = remat_body(call_layer, policy, True)(block, x, context, needed)
     return x
 
 
@@ -71,7 +71,7 @@ def _scanned(config: TransformerConfig, x: jax.Array, context: Context, cross: b
 def _run_rows(rows: int, whole: Any, x: jax.Array, context: Context) -> jax.Array:
     config, runs = whole.config, whole.config.remat_runs
     if len(runs) == 1 or _writes(whole):
-        return _scan(_remat(_call, runs[0][0], False), rows)(whole, x, context)[0]
+        return _scan(remat_body(call_layer, runs[0][0], False), rows)(whole, x, context)[0]
     if config.dropout and context.train:
         raise InputError(f"remat={config.remat!r}: scanned layers with dropout take one policy for all")
     unit = math.gcd(*(count for _, count in runs))
@@ -79,15 +79,16 @@ def _run_rows(rows: int, whole: Any, x: jax.Array, context: Context) -> jax.Arra
 
     def step(layers: nn.Module, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
         for place, policy in enumerate(policies):
-            own = nn.map_variables(_call, True, _row(place))
-            x, _ = _remat(own, policy, False, rows=True)(layers, x, context)
+            own = nn.map_variables(call_layer, True, _row(place))
+            x, _ = remat_body(own, policy, False, rows=True)(layers, x, context)
         return x, None
 
     scan = _scan(step, rows // len(policies))
     return nn.map_variables(scan, True, _grouped(rows, len(policies)))(whole, x, context)[0]
 
 
-def _call(layer: nn.Module, x: jax.Array, *given: Any) -> tuple[jax.Array, None]:
+def call_layer(layer: nn.Module, x: jax.Array, *given: Any) -> tuple[jax.Array, None]:
+    """The layer's own call, as a function: what a stack lifts over parameters."""
     return layer(x, *given)
 
 
@@ -126,7 +127,7 @@ def _row(place: int) -> Callable[[Any], Any]:
     return lambda tree: jax.tree.map(lambda leaf: lax.index_in_dim(leaf, place, keepdims=False), tree)
 
 
-def _remat(body: Body, policy: str, prevent_cse: bool, rows: bool = False) -> Body:
+def remat_body(body: Body, policy: str, prevent_cse: bool, rows: bool = False) -> Body:
     """A function of a module whose backward pass follows the policy.
 
     Of a body that takes its parameters from `rows` not even "none" keeps these: the stack has them.

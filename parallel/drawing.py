@@ -37,14 +37,14 @@ class Tile(NamedTuple):
 def tiles(sharding: Sharding, shape: tuple[int, int]) -> list[Tile]:
     """The parts of an array, from its top left corner on; devices are numbered in the order of the mesh."""
     number = {device: index for index, device in enumerate(_order(sharding))}
-    held: dict[tuple[tuple[float, float], ...], list[int]] = {}
+    held: dict[tuple[tuple[float, float], tuple[float, float]], list[int]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
-        spans = tuple(
+        rows, columns = (
             ((part.start or 0) / size, (size if part.stop is None else part.stop) / size)
             for part, size in zip(index, shape)
         )
-        held.setdefault(spans, []).append(number[device])
-    return [Tile(*spans, tuple(sorted(devices))) for spans, devices in sorted(held.items())]
+        held.setdefault((rows, columns), []).append(number[device])
+    return [Tile(rows, columns, tuple(sorted(devices))) for (rows, columns), devices in sorted(held.items())]
 
 
 def draw(rows: Mapping[str, Sequence[Drawn]]) -> str:

@@ -49,7 +49,7 @@ def compile_pages(name: str, chip: str) -> dict[str, Any]:
     pages = kernels.Paged(pool, array(case.batch, case.room, dtype=jnp.int32))
     q = array(case.batch, case.queries, case.heads, case.width)
     given = (q, pages, pages, array(case.batch, dtype=jnp.int32), array(case.heads, dtype=jnp.float32))
-    text = jax.jit(lambda *given: _decode(case, *given)).lower(*given).compile().as_text()
+    text = jax.jit(lambda *given: _decode(case, *given)).lower(*given).compile().as_text() or ""
     copies = re.findall(rf"= \w+\[{pool.shape[0]},{pool.shape[1]},[^=]* copy\(", text)
     return {"kernels": sorted(set(re.findall(r"%(attention_[a-z]+)", text))), "copies": copies}
 

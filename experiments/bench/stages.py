@@ -79,7 +79,8 @@ def compiled_gradient(case: Case) -> jax.stages.Compiled:
 def row(case: Case) -> str:
     """One line of the table."""
     compiled = compiled_gradient(case)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
     found = [len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in KINDS]
     mib = [size / 2**20 for size in (memory.argument_size_in_bytes, memory.temp_size_in_bytes)]
     parts, rounds = case.schedule.micro_batches or "-", case.schedule.rounds

@@ -173,6 +173,7 @@ def entries(config: TransformerConfig, head: Head | None) -> Iterator[Entry]:
 def _layer(config: TransformerConfig, index: int) -> Iterator[Entry]:
     theirs, ours = f"model.layers.{index}", f"layers_{index}"
     attention, mlp = config.layer(index)
+    assert isinstance(mlp, GatedMLP)
     output_bias = attention.bias if attention.output_bias is None else attention.output_bias
     yield from norm(f"{theirs}.input_layernorm", f"{ours}/attention_norm", bias=False)
     yield from norm(f"{theirs}.post_attention_layernorm", f"{ours}/mlp_norm", bias=False)

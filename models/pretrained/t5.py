@@ -76,6 +76,7 @@ def _mlp(settings: Settings) -> MLP | GatedMLP:
 def write(config: TransformerConfig, architecture: str) -> dict[str, Any]:
     """The keys of config.json that make `config`."""
     positions, attention = choice(config, "positions", RelativeBuckets), config.attention
+    mlp = config.mlp if isinstance(config.mlp, MLP) else choice(config, "mlp", GatedMLP)
     return {
         "num_layers": config.layers,
         "num_decoder_layers": config.depth_of_decoder,
@@ -84,7 +85,7 @@ def write(config: TransformerConfig, architecture: str) -> dict[str, Any]:
         "num_heads": attention.heads,
         "d_kv": attention.width_of_head(config.width),
         "d_ff": config.mlp.width or 4 * config.width,
-        "feed_forward_proj": _projection(config.mlp),
+        "feed_forward_proj": _projection(mlp),
         "layer_norm_epsilon": choice(config, "norm", RMSNorm).epsilon,
         "relative_attention_num_buckets": positions.buckets,
         "relative_attention_max_distance": positions.max_distance,

@@ -49,6 +49,7 @@ def prune(
         if keep[index].all() or config.lacks(index, "mlp"):
             pattern.append(replace(own, attention=attention, mlp=mlp))
             continue
+        assert isinstance(mlp, MLP | GatedMLP)
         narrow = replace(mlp, width=int(keep[index].sum()), bias=True)
         pattern.append(replace(own, attention=attention, mlp=narrow))
         layer = params[f"layers_{index}"]

@@ -142,7 +142,7 @@ def lower_plan(
         steps=1, batch=batch, accumulate=split.accumulate, precision="bf16", offload=split.offload
     )
     row = {name: np.zeros(length, np.int32) for name in ROW} | {"weights": np.zeros(length, np.float32)}
-    job = language_model_job(Transformer(config), [row], training, layout=layout)  # type: ignore[arg-type]
+    job = language_model_job(Transformer(config), [row], training, layout=layout)
     shapes = {name: jax.ShapeDtypeStruct((batch, length), jnp.int32) for name in ROW}
     shapes["weights"] = jax.ShapeDtypeStruct((batch, length), jnp.float32)
     return lower_step(job, training, layout, NO_SCALING, shapes)
@@ -177,7 +177,7 @@ def compile_to_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, s
                 raise InputError(f"by its compiler the step does not fit: it {lack[0].lower()}") from error
             raise
         written = sorted(Path(folder).rglob(f"*{FINAL}"), key=lambda path: path.stat().st_size)
-        return compiled, written[-1].read_text() if written else compiled.as_text()
+        return compiled, written[-1].read_text() if written else compiled.as_text() or ""
 
 
 def mesh_sizes(split: Split) -> dict[str, int]:

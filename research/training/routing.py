@@ -40,7 +40,7 @@ def with_routing(make: Callable[[Forward], Loss], forward: Forward, config: Tran
             return outputs
 
         sums = make(keeping)(trainable, frozen, batch, rng)
-        found = routing_losses(sown)
+        found = routing_losses({"calls": sown})
         total = sums.total + found["routing_loss"].astype(sums.total.dtype) * sums.weight
         more = {name: value * sums.weight for name, value in found.items()}
         return LossSums(total, sums.weight, {**sums.metrics, **more})

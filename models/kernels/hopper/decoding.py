@@ -99,14 +99,17 @@ def _attend(
     rows = -(-count // ROWS) * ROWS
     laid = q.reshape(batch, queries, groups, -1, width).transpose(0, 2, 3, 1, 4)
     laid = laid.reshape(batch, groups, count, width)
-    pages = _pages(how, laid.shape[:2], rows, k, terms)
+    pages = _pages(how, (batch, groups), rows, k, terms)
     seen = ranges(terms.mask & Lengths(lengths), queries, k.shape[1])
     repeated = functools.partial(_over_rows, members=heads // groups, rows=rows)
     slopes, positions = _alibi(terms, batch, groups, queries, rows)
+    tables = [jnp.clip(x.table, 0, len(x.pages) - 1).astype(jnp.int32) for x in (k, v)]
     operands = PageOperands(
         jnp.pad(laid, ((0, 0), (0, 0), (0, rows - count), (0, 0))),
-        *(x.pages for x in (k, v)),
-        *(jnp.clip(x.table, 0, len(x.pages) - 1).astype(jnp.int32) for x in (k, v)),
+        k.pages,
+        v.pages,
+        tables[0],
+        tables[1],
         lengths.astype(jnp.int32),
         _bounds(seen, batch, pages.splits, k.shape[1]),
         _mask(seen, repeated),

@@ -70,7 +70,7 @@ def with_key_ids(
 
 
 def where_needed(
-    mask: MaskOperands, bounds: Bounds, tile: Array, value: Array, apply: Callable[[Array], Array]
+    mask: MaskOperands, bounds: Bounds, tile: Index, value: Array, apply: Callable[[Array], Array]
 ) -> Array:
     """`apply(value)` in tiles in which not every query sees every key, elsewhere `value`."""
     if mask.bounds is None:

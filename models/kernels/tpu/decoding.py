@@ -121,7 +121,7 @@ def _attend(how: Pages, q: Array, k: Paged, v: Paged, lengths: Array, terms: Ter
     )
     laid = jnp.pad(q.swapaxes(1, 2).reshape(batch, -1, width), ((0, 0), (0, rows - heads * queries), (0, 0)))
     # an axis of size 1 beside the last would be laid out in registers of its own
-    pools = tuple(x.pages.reshape((len(x.pages), page, -1)) if groups == 1 else x.pages for x in (k, v))
+    pools: Any = [x.pages.reshape(len(x.pages), page, -1) if groups == 1 else x.pages for x in (k, v)]
     tables = [jnp.clip(x.table, 0, len(x.pages) - 1).astype(jnp.int32).reshape(-1) for x in (k, v)]
     order = schedule(*_intervals(terms, lengths, queries, k.shape[1]), plan.keys, plan.splits)
     out, lse = attend_pages(

@@ -51,4 +51,4 @@ def schedule(starts: AnyArray, ends: AnyArray, keys: int, splits: int) -> Schedu
         live & (jnp.cumsum(live, 1) == 1),
         jnp.where(following == live.size, -1, following),
     ]
-    return Schedule(*(number.reshape(-1).astype(jnp.int32) for number in numbers))
+    return Schedule(*(jnp.asarray(number, jnp.int32).reshape(-1) for number in numbers))
