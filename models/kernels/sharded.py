@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ... import InputError
+from ...parallel.manual import mesh_here
 from ...parallel.zigzag import Order
 from .biases import Bias
 from .context import Method, context_attention
@@ -78,7 +79,7 @@ def sharded_attention(
     """
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "impl": impl, "return_lse": return_lse}
     terms = explicit(terms_of(q, k, v, mask, bias, scale, soft_cap, sinks, dropout))
-    mesh, manual = _mesh_here(axes.mesh)
+    mesh, manual = mesh_here(axes.mesh)
     if manual == set(mesh.axis_names):
         return attention(q, k, v, mask=mask, bias=bias, sinks=sinks, dropout=dropout, **options)
     place = _fitting(axes, mesh, manual, q, k)
@@ -163,13 +164,6 @@ def _fitting(axes: MeshAxes, mesh: Mesh | AbstractMesh, manual: set[str], q: Arr
                 f"{length}={mesh.shape[length]}); use a length that is a multiple of {pieces}"
             )
     return dataclasses.replace(axes, batch=tuple(free), heads=heads)
-
-
-def _mesh_here(mesh: Mesh) -> tuple[Any, set[str]]:
-    """The mesh to go by, and which of its axes an enclosing `shard_map` has already split."""
-    around = jax.sharding.get_abstract_mesh()
-    manual = set() if around.empty else set(around.manual_axes)
-    return (around if manual else mesh), manual
 
 
 def _spec(along: dict[str, tuple[str, ...]], letters: str, array: Any) -> PartitionSpec:

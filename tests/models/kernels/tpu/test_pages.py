@@ -180,7 +180,7 @@ def test_what_it_cannot_do_has_a_reason():
 
 
 def test_it_stands_before_the_copy():
-    assert [each.name for each in DECODERS] == ["tpu", "gathered"]
+    assert [each.name for each in DECODERS] == ["tpu", "hopper", "gathered"]
     q, k, v, lengths = call([9, 20], 1, 2, 2, width=128, value_width=128)
     request = request_of(q, k, v, Terms(Causal(lengths - 1)), True)
     request = dataclasses.replace(request, page=PAGE, platform="tpu", partitioned=False)
