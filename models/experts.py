@@ -55,6 +55,11 @@ class RoutedMLP:
             raise InputError(
                 f"routed mlp: chosen={self.chosen} of experts={self.experts}; choose at most all"
             )
+        if self.chosen == 1 < self.experts and self.normalised:
+            raise InputError(
+                "routed mlp: chosen=1 with normalised=True weighs each token's expert 1 whatever the router "
+                "says, so the loss teaches it nothing; use normalised=False"
+            )
         for name in ("balance", "z_loss"):
             if getattr(self, name) < 0:
                 raise InputError(f"routed mlp: {name}={getattr(self, name)} must be at least 0")

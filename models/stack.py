@@ -62,7 +62,8 @@ def apply_layers(
 def _scanned(config: TransformerConfig, x: jax.Array, context: Context, cross: bool, rows: int) -> jax.Array:
     """Layers as rows of stacked parameters, of which a scan's step takes one, or one of each policy's share.
 
-    Several only where nothing is written, as in training: what a step sows has one row.
+    Several only where nothing is written: what a step sows has one row. Raises InputError where training
+    would need both; without a backward pass the policy does not matter.
     """
     whole = (Block if config.period == 1 else Period)(config, cross=cross, name="layers")
     return whole.stacked(partial(_run_rows, rows), x, context)
@@ -70,10 +71,12 @@ def _scanned(config: TransformerConfig, x: jax.Array, context: Context, cross: b
 
 def _run_rows(rows: int, whole: Any, x: jax.Array, context: Context) -> jax.Array:
     config, runs = whole.config, whole.config.remat_runs
+    several = len(runs) > 1 and context.train and not whole.is_initializing()
+    if several and (config.dropout or _writes(whole)):
+        what = "dropout" if config.dropout else "routed experts, or of which values are read,"
+        raise InputError(f"remat={config.remat!r}: scanned layers with {what} take one policy for all")
     if len(runs) == 1 or _writes(whole):
         return _scan(remat_body(call_layer, runs[0][0], False), rows)(whole, x, context)[0]
-    if config.dropout and context.train:
-        raise InputError(f"remat={config.remat!r}: scanned layers with dropout take one policy for all")
     unit = math.gcd(*(count for _, count in runs))
     policies = [policy for policy, count in runs for _ in range(count // max(unit, config.period))]
 

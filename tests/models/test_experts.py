@@ -193,6 +193,7 @@ def test_what_a_routed_model_costs():
     "options, words",
     [
         ({"chosen": 9}, "chosen=9 of experts=8"),
+        ({"chosen": 1}, "use normalised=False"),
         ({"experts": 0}, "experts=0"),
         ({"balance": -1.0}, "balance=-1.0"),
         ({"activation": "gulu"}, "'gulu' is unknown"),

@@ -9,7 +9,7 @@ import pytest
 from jax._src.ad_checkpoint import saved_residuals
 
 from modicum import InputError
-from modicum.models import FP64, MLP, GatedMLP, GroupedQuery, Layer, Transformer, TransformerConfig
+from modicum.models import FP64, MLP, GatedMLP, GroupedQuery, Layer, RoutedMLP, Transformer, TransformerConfig
 from modicum.models.remat import NAMES, remat_runs, remat_text
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -94,6 +94,11 @@ def test_what_cannot_be_split_says_so(x64):
     params = jax.eval_shape(model.init, jax.random.key(0), ROWS)
     with pytest.raises(InputError, match="scanned layers with dropout take one policy"):
         jax.eval_shape(lambda p: model.apply(p, ROWS, train=True, rng=jax.random.key(0)), params)
+    routed = Transformer(replace(model.config, dropout=0.0, mlp=RoutedMLP(4, 2, 4)))
+    params = jax.eval_shape(routed.init, jax.random.key(0), ROWS)
+    sown = {"train": True, "mutable": ["routing"]}
+    with pytest.raises(InputError, match="scanned layers with routed experts"):
+        jax.eval_shape(lambda p: routed.apply(p, ROWS, **sown), params)
     with pytest.raises(InputError, match="an encoder-decoder takes one policy"):
         replace(BASE, kind="encoder-decoder", remat="full:2,none:2")
 
