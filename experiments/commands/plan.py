@@ -139,7 +139,14 @@ class Plan:
         from ...research.planning.compiled import lower_plan, prove, trained_config, trained_remat
         from ...research.planning.proof import proof_text, train_command
 
-        text = f"train: {train_command(self.model, plan, job)}\n"
+        try:
+            if config.dropout and "," in trained_remat(plan):
+                raise InputError("scanned layers with dropout take one policy for all; plan with one --remat")
+            text = f"train: {train_command(self.model, plan, job)}\n"
+        except InputError as error:
+            if self.compile:
+                raise
+            return f"train: not by this plan; {error}\n"
         if not self.compile:
             return text
         if self.stored_scores:

@@ -114,12 +114,16 @@ def trained_remat(plan: Plan) -> str:
     """What `modicum train --remat` calls the choices of a plan.
 
     A scan's step has layers of each policy's share, so shares are rounded to parts of at most `STEPS`, up
-    for what keeps less: the step then takes less memory than the plan, not more.
+    for what keeps less: the step then takes less memory than the plan, not more. Raises InputError where a
+    layer sends to the host what another policy than full keeps.
     """
-    layers = len(plan.choices)
+    choices = ["offload" if name == "full+offload" else name for name in plan.choices]
+    if unknown := sorted(set(choices) - set(NAMES)):
+        raise InputError(f"`modicum train` has no remat {' or '.join(unknown)}; plan without --offload")
+    layers = len(choices)
     parts = max(size for size in range(1, STEPS + 1) if layers % size == 0)
     unit, left, runs = layers // parts, layers, list[str]()
-    counts = {name: plan.choices.count(name) for name in reversed(NAMES)}  # those that keep least first
+    counts = {name: choices.count(name) for name in reversed(NAMES)}  # those that keep least first
     for name, count in counts.items():
         taken = min(left, -(-count // unit) * unit)
         runs += [name] * taken
@@ -132,11 +136,11 @@ def lower_plan(
 ) -> jax.stages.Lowered:
     """The train step of a configuration (`trained_config`) on a split, traced for shapes.
 
-    Raises InputError for what the trainer does not do: pipelines, interleaved or not.
+    Raises InputError for pipelines, whose step is not compiled here.
     """
     mesh = split.mesh
     if mesh.pipe > 1:
-        raise InputError(f"mesh {mesh}: the train step has no pipeline; plan without axis pipe to compile")
+        raise InputError(f"mesh {mesh}: steps with a pipeline are not compiled here; plan without axis pipe")
     layout = Elsewhere(make_mesh(mesh, devices), zero=split.zero)
     training = TrainingConfig(
         steps=1, batch=batch, accumulate=split.accumulate, precision="bf16", offload=split.offload

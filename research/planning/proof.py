@@ -10,12 +10,16 @@ GIB = 2**30
 
 
 def train_command(model: str, plan: Plan, job: Job) -> str:
-    """What runs the plan; the data are the user's."""
+    """What runs the plan; the data are the user's. Raises InputError for what `modicum train` cannot do.
+
+    Over `pipe` micro-batches are the pipeline's, and are kept longer than the plan's, which is in 1F1B order.
+    """
     split = plan.split
+    parts_of_a_batch = "--micro-batches" if split.mesh.pipe > 1 else "--accumulate"
     parts = [
         f"modicum train DATA --preset {model} --length {job.length} --scan --remat {trained_remat(plan)}",
-        f"--training.batch {job.batch} --training.accumulate {split.accumulate} --training.precision bf16",
-        f"--placement.mesh {split.mesh} --placement.zero {split.zero}",
+        f"--batch {job.batch} {parts_of_a_batch} {split.accumulate} --precision bf16",
+        f"--mesh {split.mesh} --zero {split.zero}",
     ]
     return " ".join([*parts, *(["--offload"] if split.offload else [])])
 

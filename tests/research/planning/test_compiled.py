@@ -7,6 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from modicum import InputError
+from modicum.experiments.commands import parse
+from modicum.experiments.commands.train import Train
 from modicum.models.presets import preset
 from modicum.parallel.mesh import MeshShape
 from modicum.parallel.plan import Job, Search, Topology, chip, recipe
@@ -30,10 +33,16 @@ class Chosen:
         (("none",) * 5 + ("full",) * 1, "none:5,full:1"),
         (("none",) * 47 + ("full",) * 1, "none:42,full:6"),
         (("none", "dots", "full", "none"), "none:2,dots:1,full:1"),
+        (("full+offload", "full+offload", "full", "full"), "full:2,offload:2"),
     ],
 )
 def test_choices_are_rounded_to_shares_that_keep_no_more(choices, text):
     assert trained_remat(Chosen(*choices)) == text
+
+
+def test_what_training_cannot_send_to_the_host_is_refused():
+    with pytest.raises(InputError, match=r"no remat dots\+offload; plan without --offload"):
+        trained_remat(Chosen("dots+offload", "dots+offload", "full", "none"))
 
 
 def test_the_command_names_all_that_was_chosen():
@@ -43,9 +52,16 @@ def test_the_command_names_all_that_was_chosen():
     plan = search.plans(job, Topology.parse(chip("v5e"), "2x2"))[0]
     plan = replace(plan, split=replace(plan.split, offload=True))
     said = train_command("ladder-1b", plan, job)
-    assert said.startswith("modicum train DATA --preset ladder-1b --length 1024 --scan --remat ")
-    for part in ("accumulate 2", "batch 64", "precision bf16", "mesh fsdp=4", "zero 0", " --offload"):
-        assert part in said
+    name, *arguments = said.split()
+    read = parse(arguments)
+    assert name == "modicum" and isinstance(read, Train)
+    assert (read.preset, read.length, read.scan, read.offload) == ("ladder-1b", 1024, True, True)
+    assert read.remat == trained_remat(plan)
+    assert (read.training.batch, read.training.accumulate, read.training.precision) == (64, 2, "bf16")
+    assert (read.placement.mesh, read.placement.zero) == ("fsdp=4", 0)
+    stages = replace(plan, split=replace(plan.split, mesh=MeshShape(pipe=2, fsdp=2)))
+    read = parse(train_command("ladder-1b", stages, job).split()[1:])
+    assert (read.placement.micro_batches, read.training.accumulate) == (2, 1)
 
 
 @pytest.mark.tpu_aot
