@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..biases import ALiBi, Bias, Bucketed, Dense
+from ..varying import vary, varying_axes
 from .bias_gradient import bias_gradient
 from .bias_tiles import bucket_sums, operand
 from .forward import forward
@@ -44,8 +45,12 @@ class Inputs(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend(problem: Problem, plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
-    """Output `[B, T, H, K]` and log-sum-exp `[B, H, T]`."""
-    return forward(problem, plan.forward, _over_keys(problem, plan.forward, inputs))
+    """Output `[B, T, H, K]` and log-sum-exp `[B, H, T]`.
+
+    Kernels do not know over which mesh axes their operands vary; so it is said of what they return.
+    """
+    found = forward(problem, plan.forward, _over_keys(problem, plan.forward, inputs))
+    return vary(found, varying_axes(inputs))
 
 
 def _over_keys(problem: Problem, tiles: Tiles, inputs: Inputs) -> Operands:
@@ -70,18 +75,25 @@ def _forward(problem: Problem, plan: Plan, inputs: Inputs) -> tuple[tuple[Array,
 def _backward(
     problem: Problem, plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Inputs]:
+    inputs = residuals[0]
+    return (vary(_gradients(problem, plan, residuals, cotangents), varying_axes(inputs)),)
+
+
+def _gradients(
+    problem: Problem, plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
+) -> Inputs:
     (inputs, out, lse), (d_out, d_lse) = residuals, cotangents
     delta = jnp.einsum("bthk,bthk->bht", out, d_out, preferred_element_type=jnp.float32) - d_lse
     gradients = Gradients(d_out, jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E), delta)
     if not plan.deterministic:
         operands = _over_queries(problem, plan.key_gradient, inputs)
-        return (Inputs(*fused_gradient(problem, plan.key_gradient, operands, gradients), None, None),)
+        return Inputs(*fused_gradient(problem, plan.key_gradient, operands, gradients), None, None)
     operands = _over_keys(problem, plan.query_gradient, inputs)
     dq, d_slopes = query_gradient(problem, plan.query_gradient, operands, gradients)
     operands = _over_queries(problem, plan.key_gradient, inputs)
     dk, dv = key_gradient(problem, plan.key_gradient, operands, gradients)
     d_bias = _bias_gradient(problem, plan.bias_gradient, inputs, gradients, d_slopes)
-    return (Inputs(dq, dk, dv, None, d_bias),)
+    return Inputs(dq, dk, dv, None, d_bias)
 
 
 def _bias_gradient(

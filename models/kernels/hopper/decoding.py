@@ -116,7 +116,8 @@ def _attend(
         slopes,
         positions,
     )
-    out, lse = _merged(*attend_pages(pages, operands), batch * groups)
+    found = vary(attend_pages(pages, operands), varying_axes(operands))
+    out, lse = _merged(*found, batch * groups)
     out, lse = (x.reshape(batch, groups, rows, -1)[:, :, :count] for x in (out, lse))
     out = out.reshape(batch, groups, -1, queries, width).transpose(0, 3, 1, 2, 4).reshape(q.shape)
     lse = lse.reshape(batch, heads, queries)

@@ -16,6 +16,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..varying import vary, varying_axes
 from .key_gradient import KeyBlock, Totals, compute, gradient_of_scores
 from .operations import Ref
 from .problem import CONSUMERS, Problem, Tiles, tiled
@@ -50,7 +51,8 @@ def fused_gradient(
         tiled((CONSUMERS, tiles.keys, tiles.queries), problem.dtype),
         tiled((CONSUMERS, tiles.queries, COLUMNS), jnp.dtype(jnp.float32)),
     )
-    gradient = jax.ShapeDtypeStruct(operands.k.shape, operands.k.dtype)
+    axes = jax.typeof(operands.k).manual_axis_type
+    gradient = jax.ShapeDtypeStruct(operands.k.shape, operands.k.dtype, manual_axis_type=axes)
     mesh = plgpu.Mesh(
         grid=(problem.kv_heads, problem.keys // (CONSUMERS * tiles.keys), problem.batch),
         grid_names=("head", "tile", "batch"),
@@ -69,7 +71,8 @@ def fused_gradient(
     )
 
     def whole(operands: Operands, gradients: Gradients) -> tuple[Array, Array, Array]:
-        dq = jax.new_ref(jnp.zeros(operands.q.shape, jnp.float32), memory_space=plgpu.GMEM)
+        zeros = vary(jnp.zeros(operands.q.shape, jnp.float32), varying_axes(operands))
+        dq = jax.new_ref(zeros, memory_space=plgpu.GMEM)
         dk, dv = kernel(operands, gradients, dq)
         return dq[...].astype(operands.q.dtype), dk, dv
 

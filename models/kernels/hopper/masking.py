@@ -41,7 +41,16 @@ def read_bounds(mask: MaskOperands, batch: Array, tile: Array, count: int) -> Bo
     if mask.bounds is None:
         return Bounds(0, 0, count, count)
     row = mask.bounds.at[_row(mask.bounds, batch), tile]
-    return Bounds(*(row[i] for i in range(4)))
+    return Bounds(*(read_number(row, i) for i in range(4)))
+
+
+def read_number(ref: Ref, index: int) -> Array:
+    """An int32 that a loop may begin or end with.
+
+    Inside `shard_map` what is read varies over its mesh axes by its type, and what is computed in a kernel
+    does not; a loop refuses to begin with the one and go on with the other.
+    """
+    return ref[index] + 0
 
 
 def read_visible(

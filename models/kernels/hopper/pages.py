@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .forward import Sums, finished, softmax
-from .masking import MaskOperands, read_visible, with_key_ids
+from .masking import MaskOperands, read_number, read_visible, with_key_ids
 from .operations import Ref
 from .problem import Problem, tiled
 from .ring import Index
@@ -123,8 +123,8 @@ def _body(pages: Pages, operands: PageOperands, out: Ref, lse: Ref, scratch: _Sc
     both, split, batch = (lax.axis_index(name) for name in ("head", "split", "batch"))
     blocks = jnp.asarray(pages.problem.queries // ROWS, jnp.int32)
     head, rows = lax.div(both, blocks), pl.ds(lax.rem(both, blocks) * ROWS, ROWS)
-    bounds = operands.bounds.at[batch, split]
-    block = _Block(pages, operands, scratch, batch, head, rows, bounds[0], bounds[1])
+    ends = (read_number(operands.bounds.at[batch, split], i) for i in (0, 1))
+    block = _Block(pages, operands, scratch, batch, head, rows, *ends)
     plgpu.copy_gmem_to_smem(operands.q.at[batch, head, rows], scratch.queries, scratch.loaded)
     for ahead in range(pages.stages):
         tile = block.first + ahead
