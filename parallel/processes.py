@@ -23,13 +23,16 @@ LAUNCHER_VARIABLES = (
     "TPU_PROCESS_ADDRESSES",
 )
 
+SUPERVISED = "MODICUM_SUPERVISED"
+"""Set in a process whose parent watches it and forwards signals (`experiments.commands.supervision`)."""
+
 HEARTBEAT_SECONDS = 40
 """How long a process may be silent before all others end: with the rest it takes less than a minute."""
 
 LOST_PROCESS = re.compile(
     r"Gloo .*(failed|closed|reset|timed? ?out)|unhealthy|heartbeat|Socket closed"
     r"|Connection (reset|closed|refused)|NCCL .*(failure|error)|coordination service"
-    r"|Barrier .*(failed|timed out)",
+    r"|Barrier .*(failed|timed out)|Terminating process because",
     re.IGNORECASE | re.DOTALL,
 )
 

@@ -73,6 +73,7 @@ def end_at_once(error: Exception) -> NoReturn:
     """Say that a process is gone, and end without waiting for it, as `jax.distributed` does at an exit."""
     from .supervision import LOST, lost_line
 
+    sys.stdout.flush()
     print(f"modicum: error: {lost_line(str(error))}", file=sys.stderr, flush=True)
     os._exit(LOST)
 

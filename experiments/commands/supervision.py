@@ -2,7 +2,8 @@
 
 `jax.distributed` ends every process of a run when one is lost, from C++: a stack trace, no Python. So the
 command of such a run starts itself once more and waits. What its child writes goes on to standard error but
-for XLA's log, of which the last error is told where the child did not end by itself.
+for XLA's log, of which the last error is told where a lost process ended the child, and all where it was
+something else.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import re
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterable, Sequence
 from types import FrameType
 
-SUPERVISED = "MODICUM_SUPERVISED"
+from ...parallel.processes import LOST_PROCESS, SUPERVISED, launched
+
 LOST = 75
 """The exit code where another process is gone: the same command may be started again (`EX_TEMPFAIL`)."""
 LOG_LINE = re.compile(r"^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ .*\] ?(.*)$")
 NEWS = re.compile(r"^\[Gloo\] Rank \d+ is connected")
+CONTINUED = re.compile(r"^(\d+|The tasks have crashed.*|RPC: /xla\..*|)$")  # lines of an error of XLA's log
+KEPT_LINES = 200  # of what is not written on
 
 
 def is_one_of_several(arguments: Sequence[str]) -> bool:
@@ -30,13 +35,11 @@ def is_one_of_several(arguments: Sequence[str]) -> bool:
     given = [value for name, value in _options(arguments) if name == "--processes"]
     if given:
         return given[-1] != "1"
-    from ...parallel.processes import launched
-
     return launched()
 
 
 def supervise(arguments: Sequence[str]) -> int:
-    """Run the command in a process of its own; returns its exit code, `LOST` where XLA ended it."""
+    """Run the command in a process of its own; returns its exit code, `LOST` where another's end ended it."""
     child = subprocess.Popen(
         [sys.executable, "-m", "modicum", *arguments],
         env=os.environ | {SUPERVISED: "1"},
@@ -52,26 +55,36 @@ def supervise(arguments: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     assert child.stderr is not None
-    error = copy_messages(child.stderr)
+    kept = copy_messages(child.stderr)
     code = child.wait()
     if code in (-signal.SIGABRT, -signal.SIGSEGV):
-        print(f"modicum: error: {lost_line(error)}", file=sys.stderr)
-        return LOST
+        if any(LOST_PROCESS.search(line) for line in kept):
+            print(f"modicum: error: {lost_line(last_error(kept))}", file=sys.stderr)
+            return LOST
+        sys.stderr.writelines(kept)
+        print(f"modicum: error: ended by {signal.Signals(-code).name}", file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 
-def copy_messages(lines: Iterable[str]) -> str:
-    """Write lines on to standard error as they come, but for XLA's log; returns the last error of that."""
-    error, aborting = "", False
+def copy_messages(lines: Iterable[str]) -> list[str]:
+    """Write lines on to standard error as they come, but for XLA's log; returns the last lines of that."""
+    kept, error, aborting = deque[str](maxlen=KEPT_LINES), False, False
     for line in lines:
         logged = LOG_LINE.match(line)
         aborting = aborting or line.startswith(("*** Check failure", "    @ ", "Fatal Python error"))
-        if logged is None and not aborting and not NEWS.match(line):
+        error = line[0] in "EF" if logged else error and CONTINUED.match(line.rstrip("\n")) is not None
+        if logged or error or aborting or NEWS.match(line):
+            kept.append(line)
+        else:
             sys.stderr.write(line)
             sys.stderr.flush()
-        elif logged is not None and line[0] in "EF" and logged[1].strip():
-            error = logged[1].strip()
-    return error
+    return list(kept)
+
+
+def last_error(kept: Sequence[str]) -> str:
+    """What the last error in XLA's log says."""
+    logged = [match for line in kept if line[0] in "EF" and (match := LOG_LINE.match(line))]
+    return next((match[1].strip() for match in reversed(logged) if match[1].strip()), "")
 
 
 def lost_line(reason: str) -> str:

@@ -28,6 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ... import InputError
+from ...parallel.processes import is_lost_process
 from .checkpoint_arrays import empty_array, nested, read_arrays, stored_tree
 from .checkpoint_record import Record, Unreadable, describe, differences, is_array
 from .fingerprint import leaf_paths
@@ -162,6 +163,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and is_lost_process(error):  # a save would wait for it, half a minute and more
+            self._manager = None
         self.close()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
@@ -321,11 +324,13 @@ def _none_good(folder: Path, reasons: Sequence[str]) -> InputError:
 
 
 def _quieten_orbax() -> None:
-    """Drop what orbax logs below an error: its news is for its developers. Once is enough."""
+    """Drop what orbax logs below an error, and of a lost process, which is raised too. Once is enough."""
     absl = logging.getLogger("absl")
     if _is_news not in absl.filters:
         absl.addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
+    if record.exc_info and record.exc_info[1] is not None and is_lost_process(record.exc_info[1]):
+        return False
     return record.levelno >= logging.ERROR or "orbax" not in record.pathname

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -13,9 +15,12 @@ from typing import Any
 import jax
 
 from ... import InputError
-from ...parallel.processes import any_process
+from ...parallel.processes import SUPERVISED, any_process
 from .config import TrainingConfig
 from .loss_scale import SMALLEST
+
+TOGETHER = 1.0
+"""Seconds in which a signal that comes twice is one: from a terminal or a launcher, and from the parent."""
 
 
 class NonFiniteLoss(InputError):
@@ -45,6 +50,7 @@ class Interruption:
 def interruption() -> Iterator[Interruption]:
     """Turn the first SIGTERM or SIGINT into a flag; a second one acts as usual.
 
+    Where a parent forwards signals (`SUPERVISED`) one may come twice, and the second counts a second later.
     Outside the main thread, where Python allows no handlers, the flag stays unset.
     """
     flag = Interruption()
@@ -53,9 +59,15 @@ def interruption() -> Iterator[Interruption]:
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
+    first = dict[int, float]()
+
     def note(number: int, frame: FrameType | None) -> None:
-        flag.signal = signal.Signals(number).name
-        signal.signal(number, previous[signal.Signals(number)])
+        flag.signal, again = signal.Signals(number).name, number in first
+        late = time.monotonic() - first.setdefault(number, time.monotonic()) > TOGETHER
+        if late or SUPERVISED not in os.environ:
+            signal.signal(number, previous[signal.Signals(number)])
+        if again and late:
+            signal.raise_signal(number)
 
     for number in previous:
         signal.signal(number, note)

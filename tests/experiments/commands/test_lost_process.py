@@ -1,6 +1,8 @@
 """Of a run that loses a process the others end with one line, and fewer go on where it was."""
 
 import runpy
+import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,9 @@ from modicum.experiments.commands.supervision import (
     SUPERVISED,
     copy_messages,
     is_one_of_several,
+    last_error,
     lost_line,
+    supervise,
 )
 
 XLA = """step 4
@@ -19,6 +23,7 @@ XLA = """step 4
 W1122 19:53:29.997432   21732 coordination_service.cc:185] [667] Using experimental recoverable tasks.
 E1122 19:54:34.162961   23269 coordination_service.cc:1549] Task 1 is unhealthy
 1
+The tasks have crashed. Check the task logs for an earlier error
 F1122 19:54:34.163461   23280 client.h:80] Terminating process because   of Task 1.
 *** Check failure stack trace: ***
     @     0x7feb8cd20634  absl::LogMessage::SendToLog()
@@ -45,10 +50,45 @@ def test_a_lost_process_ends_the_run_and_fewer_go_on(tmp_path):
 
 
 def test_what_xla_says_is_kept_from_the_user(capsys):
-    assert copy_messages(XLA.splitlines(keepends=True)) == "Terminating process because   of Task 1."
-    assert capsys.readouterr().err == "step 4\n1\n"
+    assert copy_messages(XLA.splitlines(keepends=True)) == XLA.splitlines(keepends=True)[1:]
+    assert capsys.readouterr().err == "step 4\n"
+    assert copy_messages(["1\n", "    @property\n"]) == []
+    assert capsys.readouterr().err == "1\n    @property\n"
+    assert last_error(XLA.splitlines(keepends=True)[1:]) == "Terminating process because   of Task 1."
+    assert last_error([]) == ""
     assert "(Terminating process because of Task 1.)" in lost_line("Terminating process because   of Task 1.")
     assert lost_line("").count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("child", "code", "said"),
+    [
+        ("print('a', file=sys.stderr); sys.exit(2)", 2, "a\n"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143, ""),
+        (
+            "print('F1122 19:54:34.163461 1 client.h:8] heartbeat', file=sys.stderr, flush=True); os.abort()",
+            LOST,
+            f"modicum: error: {lost_line('heartbeat')}\n",
+        ),
+        (
+            "print('*** Check failure stack trace: ***', file=sys.stderr, flush=True); os.abort()",
+            134,
+            "*** Check failure stack trace: ***\nmodicum: error: ended by SIGABRT\n",
+        ),
+    ],
+    ids=["exit", "signal", "lost", "crash"],
+)
+def test_the_childs_end_is_the_parents(child, code, said, capsys, monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    script = f"import os, resource, signal, sys; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); {child}"
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: start([command[0], "-c", script], **how))
+    try:
+        assert supervise(["train"]) == code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == said
 
 
 def test_only_several_processes_are_watched(monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -66,6 +67,23 @@ def test_loss_scaling_may_skip_a_step_as_long_as_it_can_go_lower():
     require_finite(7, metrics(INFINITE, False, loss_scale=2.0), skips=True)
     with pytest.raises(NonFiniteLoss, match="step 7"):
         require_finite(7, metrics(INFINITE, False, loss_scale=1.0), skips=True)
+
+
+def test_a_signal_that_a_parent_forwards_too_is_one(monkeypatch):
+    taken = []
+    before = signal.signal(signal.SIGINT, lambda *_: taken.append("usual"))
+    monkeypatch.setenv("MODICUM_SUPERVISED", "1")
+    monkeypatch.setattr("modicum.research.training.stopping.TOGETHER", 0.2)
+    try:
+        with interruption() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal == "SIGINT" and not taken
+            time.sleep(0.25)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert taken == ["usual"]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
