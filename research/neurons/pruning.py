@@ -53,12 +53,16 @@ def prune(
         narrow = replace(mlp, width=int(keep[index].sum()), bias=True)
         pattern.append(replace(own, attention=attention, mlp=narrow))
         layer = params[f"layers_{index}"]
-        pruned[f"layers_{index}"] = {**layer, "mlp": _narrowed(layer["mlp"], keep[index], means[index])}
+        narrowed = _narrowed(layer["mlp"], keep[index], means[index], config.scaled_linears)
+        pruned[f"layers_{index}"] = {**layer, "mlp": narrowed}
     return Transformer(replace(config, pattern=tuple(pattern)), model.head), pruned
 
 
-def _narrowed(mlp: Mapping[str, Any], keep: np.ndarray, means: np.ndarray) -> dict[str, Any]:
-    """The parameters of one feed-forward layer with fewer neurons."""
+def _narrowed(mlp: Mapping[str, Any], keep: np.ndarray, means: np.ndarray, scaled: bool) -> dict[str, Any]:
+    """The parameters of one feed-forward layer with fewer neurons.
+
+    `scaled` products are divided by the square root of their input's width, of which there is less now.
+    """
     rows = np.flatnonzero(keep)
     result = {}
     for name in ("gate", "up"):
@@ -68,6 +72,9 @@ def _narrowed(mlp: Mapping[str, Any], keep: np.ndarray, means: np.ndarray) -> di
             result[name] = {"kernel": kernel, "bias": jnp.asarray(bias)[rows]}
     kernel = jnp.asarray(mlp["down"]["kernel"])
     constant = jnp.asarray(np.where(keep, 0.0, means), kernel.dtype) @ kernel
+    if scaled:
+        constant = constant * len(keep) ** -0.5
+        kernel = kernel * (len(rows) / len(keep)) ** 0.5
     result["down"] = {"kernel": kernel[rows], "bias": mlp["down"].get("bias", 0.0) + constant}
     return result
 

@@ -39,9 +39,16 @@ def random_params(model):
     return jax.tree.map(lambda leaf: numbers.normal(0, 0.5, leaf.shape).astype(leaf.dtype), shapes)
 
 
-@pytest.mark.parametrize("mlp", [MLP(6, "gelu"), GatedMLP(6)], ids=["with bias", "gated, without"])
-def test_pruning_is_holding_at_the_mean(mlp):
-    config = replace(CONFIG, mlp=mlp)
+CASES = {
+    "with bias": (MLP(6, "gelu"), False),
+    "gated, without": (GatedMLP(6), False),
+    "scaled": (GatedMLP(6), True),
+}
+
+
+@pytest.mark.parametrize(("mlp", "scaled"), CASES.values(), ids=CASES)
+def test_pruning_is_holding_at_the_mean(mlp, scaled):
+    config = replace(CONFIG, mlp=mlp, scaled_linears=scaled)
     model, site = Transformer(config), neuron_site(config)
     params = random_params(model)
     pruned, fewer = prune(model, params, KEEP, MEANS)
