@@ -214,9 +214,23 @@ def _label(axes: "Axes", x: Axis | None, y: Axis) -> None:
         axes.set_xlabel(x.label)
         if x.log:
             axes.set_xscale("log")
+            _plain_powers(axes.xaxis)
     axes.set_ylabel(y.label)
     if y.log:
         axes.set_yscale("log")
+        _plain_powers(axes.yaxis)
+
+
+def _plain_powers(axis: Any) -> None:
+    """Ticks of a logarithmic axis as plain numbers: matplotlib's are TeX, which is not parsed here."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
 
 
 def _need(title: str, series: Sequence[Any] | Mapping[str, Any]) -> None:

@@ -55,6 +55,11 @@ def test_figures_are_svg_with_escaped_text(kind):
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", svg)
 
 
+def test_logarithmic_axes_have_numbers_and_no_tex():
+    svg = line_plot("Log", Axis("n", log=True), Axis("loss", log=True), [Line("a", [0.1, 1000], [[2, 5]])])
+    assert "math" not in svg and all(f">{label}</text>" in svg for label in ("0.1", "1000", "3"))
+
+
 def test_an_empty_figure_is_an_error():
     with pytest.raises(InputError, match="Nothing"):
         line_plot("Nothing", X, Y, [])
