@@ -40,7 +40,10 @@ MOST_TOKENS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Native:
-    """Reads each chosen expert once, for all tokens that chose it, and skips the rows of silent neurons."""
+    """Reads each chosen expert once, for all tokens that chose it, and skips the rows of silent neurons.
+
+    Experts are shared out among threads as these become free: from call to call sums may differ by rounding.
+    """
 
     name: str = "native"
 
@@ -103,7 +106,7 @@ def compiler() -> str | None:
 @functools.cache
 def library() -> Path:
     """Where the compiled library lies: for this source, these flags, this processor and this jax."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # empty is not the working folder
     asked = (SOURCE.read_text(), FLAGS, jax.__version__, _processor())
     digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
     return home / "modicum" / f"sparse-{digest}.so"
@@ -115,20 +118,27 @@ def register() -> None:
     path = library()
     if not path.exists():
         _compile(path)
-    handler = getattr(ctypes.CDLL(str(path)), TARGET)
+    try:
+        handler = getattr(ctypes.CDLL(str(path)), TARGET)
+    except OSError as error:
+        raise InputError(f"impl='native': {path} cannot be loaded ({error}); delete it") from None
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
 
 
 def _compile(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"impl='native' cannot make {path.parent}: {error}") from None
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         given = [str(compiler()), *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)]
         logger.info("compiling %s: %s", SOURCE.name, " ".join(given))
         done = subprocess.run(given, capture_output=True, text=True, check=False)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise InputError(f"impl='native': {compiler()} cannot compile {SOURCE}: {last}")
+            lines = done.stderr.strip().splitlines() or ["no output"]
+            why = next((line for line in lines if "error" in line), lines[-1])
+            raise InputError(f"impl='native': {compiler()} cannot compile {SOURCE}: {why}")
         made.replace(path)  # whole or not at all, whoever else compiles
 
 

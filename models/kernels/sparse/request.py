@@ -8,7 +8,7 @@ from typing import Protocol
 import jax
 from jax import Array
 
-from ..request import partitioned
+from ..request import partitioned, platform
 from .experts import Experts
 
 
@@ -17,7 +17,7 @@ class SparseRequest:
     """Everything about one call but the numbers; hashable, known at trace time.
 
     `tokens` N choose `chosen` k of `experts` E with `size` n neurons of `width` D each. `partitioned`: XLA
-    may split the call over several devices.
+    may split the call over several devices. `dtype` is that of x and of the weights; where they differ, all.
     """
 
     platform: str
@@ -61,14 +61,15 @@ class SparseImplementation(Protocol):
 
 def sparse_request(x: Array, experts: Experts, chosen: Array) -> SparseRequest:
     """The description of the call with x `[N, D]` by which an implementation is chosen."""
+    leaves = jax.tree.leaves((x, experts.without_output_bias()))
     return SparseRequest(
-        platform=jax.default_backend(),
+        platform=platform(),
         tokens=x.shape[0],
         experts=experts.count,
         chosen=chosen.shape[-1],
         size=experts.size,
         width=experts.width,
-        dtype=x.dtype.name,
+        dtype=" and ".join(sorted({leaf.dtype.name for leaf in leaves})),
         gated=experts.gate is not None,
         activation=experts.activation,
         partitioned=partitioned(),

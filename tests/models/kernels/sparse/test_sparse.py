@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 
 from modicum import InputError
-from modicum.models.kernels.sparse import Experts, implementations, sparse_feed_forward
-from modicum.models.kernels.sparse.native import Native, compiler, library
+from modicum.models.kernels.sparse import (
+    Experts,
+    implementations,
+    sparse_feed_forward,
+    sparse_request,
+)
+from modicum.models.kernels.sparse.native import Native, compiler, library, register
 from modicum.models.kernels.sparse.registry import choose
 from modicum.models.kernels.sparse.request import SparseRequest
 
@@ -170,6 +175,24 @@ def test_few_tokens_gather_and_many_are_masked(uncompiled):
     with pytest.raises(InputError, match=r"impl='none' is unknown; valid are auto, .*gather"):
         choose(asked(), "none")
     assert set(PORTABLE) <= {each.name for each in implementations()}
+
+
+def test_types_that_differ_are_not_for_the_kernels():
+    experts = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), drawn())
+    x, chosen = inputs()
+    assert "not bfloat16 and float32" in Native().supports(sparse_request(x, experts, chosen))
+    found = sparse_feed_forward(x, experts, chosen)
+    np.testing.assert_allclose(found, one_by_one(x, experts, chosen), rtol=2e-5, atol=2e-5)
+
+
+def test_a_library_that_cannot_be_loaded_is_named(uncompiled, monkeypatch):
+    library().parent.mkdir(parents=True)
+    library().touch()
+    with pytest.raises(InputError, match=r"sparse-.*cannot be loaded.*delete it"):
+        register.__wrapped__()
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    library.cache_clear()
+    assert library().is_absolute()
 
 
 def test_what_does_not_fit_is_named():
