@@ -107,9 +107,10 @@ def perturbation_table(found: Found, names: Sequence[str], seeds: Sequence[int])
                 (name, kind, f"{float(fraction):.0%}", round(skill, 1), round(control, 1), str(interval))
             )
     caption = (
-        "Test accuracy % with a share of every layer's neurons changed: noise of the layer's root mean "
-        "square activation added, or each held at its mean. Gap: random less skill, in points, with its 95% "
-        "interval over test examples (2,000 resamples)."
+        "Test accuracy % with a share of every layer's neurons changed: normal noise added, its deviation "
+        "the root mean square over the layer's neurons and texts of a text's mean activation, or each held "
+        "at its mean. Gap: random less skill, in points, with its 95% interval over test examples (2,000 "
+        "resamples), not over which neurons were drawn or over seeds."
     )
     return Table(("task", "change", "neurons", "skill", "random", "gap"), tuple(rows), caption)
 
@@ -237,7 +238,7 @@ def perturbation_figure(found: Found, names: Sequence[str], seeds: Sequence[int]
         ]
         for number, title in enumerate(lines):
             lines[title].append([fmean(pair[number] for pair in at) for at in pairs])
-    whole = 100 * fmean(run["accuracy"] for run in found["trial"].values())
+    whole = 100 * fmean(found["trial"][name, seed]["accuracy"] for name in names for seed in seeds)
     axes = ("share of each layer's neurons with noise, %", "test accuracy, %, mean over tasks")
     shares = [100 * float(each) for each in fractions]
     curves(path, "Noise in skill neurons and in random ones", shares, lines, axes, {"no noise": whole})
