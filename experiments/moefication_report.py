@@ -118,8 +118,8 @@ def verdicts(results: Results) -> str:
         gap, spread = fmean(clusters) - fmean(random), _spread(clusters, random)
         word = "holds" if gap > max(2 * spread, 1.0) else "does not hold"
         lines.append(
-            f"Random experts are clearly worse: {word} ({gap:+.1f} points from random to clusters, the two "
-            f"spreads together {spread:.1f})."
+            f"Random experts are clearly worse: {word} ({gap:+.1f} points from random to clusters, "
+            f"{f'the two spreads together {spread:.1f}' if spread else 'of one seed'})."
         )
     oracle = values.get(("random", "oracle"))
     if oracle and random:
