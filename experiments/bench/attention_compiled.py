@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
-from ...models.kernels import ALiBi, Bucketed, Causal, DenseBias, Full, Segments, Window
+from ...models.kernels import ALiBi, Bucketed, Causal, DenseBias, Dropout, Full, Segments, Window
 from ...models.kernels.terms import Terms
 from ...research.study.tables import Table
 
@@ -77,6 +77,10 @@ def _alibi(make: Any, width: int) -> Terms:
     return _plain(make, width, Causal(), bias=ALiBi(make((16,), "float32")))
 
 
+def _dropout(make: Any, width: int, **others: Any) -> Terms:
+    return _plain(make, width, Causal(), dropout=Dropout(0.1, make((), "uint32")), **others)
+
+
 def shapes() -> Iterator[Shape]:
     """What we ship."""
     kinds: dict[str, Callable[[Any, int], Terms]] = {
@@ -88,6 +92,7 @@ def shapes() -> Iterator[Shape]:
         "causal, dense bias": _dense,
         "bucketed bias": _bucketed,
         "causal, ALiBi": _alibi,
+        "causal, dropout": _dropout,
     }
     for width in (64, 128):
         for name, terms in kinds.items():
@@ -96,6 +101,7 @@ def shapes() -> Iterator[Shape]:
         yield Shape(f"decoding, 4 of 16 heads, K={width}", width, kinds["causal"], kv_heads=4, page=16)
         yield Shape(f"decoding, ALiBi, K={width}", width, kinds["causal, ALiBi"], kv_heads=1, page=64)
     yield Shape("one backward kernel, causal, K=64", 64, kinds["causal"], deterministic=False)
+    yield Shape("one backward kernel, dropout, K=64", 64, _dropout, deterministic=False)
     yield Shape("causal, float16, K=128", 128, kinds["causal"], dtype="float16")
 
 

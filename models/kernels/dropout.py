@@ -50,13 +50,16 @@ class Dropout:
 
     def keep_at(self, batch: AnyArray, head: AnyArray, row: AnyArray, column: AnyArray) -> Array:
         """The same for index arrays that broadcast, in any shapes."""
+        return kept(self.rate, *self.hashes(batch, head, row, column))
+
+    def hashes(self, batch: AnyArray, head: AnyArray, row: AnyArray, column: AnyArray) -> tuple[Array, Array]:
+        """Of rows, and of columns: all that `kept` needs of the indices, uint32."""
         seed = jnp.asarray(self.seed).astype(jnp.uint32)
         plane = _mix(seed ^ _unsigned(batch + self.batch) * jnp.uint32(0x9E3779B9))
         plane = _mix(plane ^ _unsigned(head + self.head) * jnp.uint32(0x85EBCA6B))
         of_row = _mix(plane ^ _unsigned(row + self.query) * jnp.uint32(0xC2B2AE35))
         of_column = _mix(plane + _unsigned(column + self.key) * jnp.uint32(0x27D4EB2F))
-        bits = _mix(of_row ^ of_column)
-        return (bits >> jnp.uint32(8)).astype(jnp.int32) >= round(self.rate * _RESOLUTION)
+        return of_row, of_column
 
     def cut(self, rows: Span, columns: Span) -> "Dropout":
         """The dropout of these queries and keys alone, counted from 0."""
@@ -71,6 +74,12 @@ class Dropout:
             if jnp.shape(getattr(self, name)):
                 return f"Dropout.{name} has shape {list(jnp.shape(getattr(self, name)))}; it must be a scalar"
         return None
+
+
+def kept(rate: float, of_row: Array, of_column: Array) -> Array:
+    """Whether a weight stays, from the hashes of its row and its column."""
+    bits = _mix(of_row ^ of_column)
+    return (bits >> jnp.uint32(8)).astype(jnp.int32) >= round(rate * _RESOLUTION)
 
 
 def _unsigned(index: AnyArray) -> Array:

@@ -14,6 +14,7 @@ from ..biases import ALiBi, Bias, Bucketed, Dense
 from ..varying import vary, varying_axes
 from .bias_gradient import bias_gradient
 from .bias_tiles import bucket_sums, operand
+from .dropping import Hashes
 from .forward import forward
 from .fused_gradient import fused_gradient
 from .key_gradient import key_gradient
@@ -34,13 +35,14 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What attention is a function of, padded to what a `Problem` says; a gradient has no `seen`."""
+    """What attention is a function of, padded to what a `Problem` says; gradients have no integers."""
 
     q: Array
     k: Array
     v: Array
     seen: Any  # Ranges
     bias: Bias | None
+    hashes: Hashes | None = None  # for dropout
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -54,17 +56,17 @@ def attend(problem: Problem, plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
 
 
 def _over_keys(problem: Problem, tiles: Tiles, inputs: Inputs) -> Operands:
-    q, k, v, seen, bias = inputs
+    q, k, v, seen, bias, hashes = inputs
     rows = CONSUMERS * tiles.queries
     mask = mask_over_keys(seen, problem, rows, tiles.keys)
-    return Operands(q, k, v, mask, operand(bias, rows, tiles.keys, over_queries=False))
+    return Operands(q, k, v, mask, operand(bias, rows, tiles.keys, over_queries=False), hashes)
 
 
 def _over_queries(problem: Problem, tiles: Tiles, inputs: Inputs) -> Operands:
-    q, k, v, seen, bias = inputs
+    q, k, v, seen, bias, hashes = inputs
     rows = CONSUMERS * tiles.keys
     mask = mask_over_queries(seen, problem, tiles.queries, rows)
-    return Operands(q, k, v, mask, operand(bias, rows, tiles.queries, over_queries=True))
+    return Operands(q, k, v, mask, operand(bias, rows, tiles.queries, over_queries=True), hashes)
 
 
 def _forward(problem: Problem, plan: Plan, inputs: Inputs) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
@@ -84,6 +86,7 @@ def _gradients(
 ) -> Inputs:
     (inputs, out, lse), (d_out, d_lse) = residuals, cotangents
     delta = jnp.einsum("bthk,bthk->bht", out, d_out, preferred_element_type=jnp.float32) - d_lse
+    delta = delta / problem.kept
     gradients = Gradients(d_out, jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E), delta)
     if not plan.deterministic:
         operands = _over_queries(problem, plan.key_gradient, inputs)

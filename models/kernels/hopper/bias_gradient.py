@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from . import dropping
 from .bias_tiles import BiasTiles
 from .masking import Bounds, read_bounds, read_visible, where_needed
 from .operations import Ref
@@ -204,7 +205,7 @@ def _compute(block: _Block, out: Ref) -> None:
     bias = operations.tile(lies, in_shared_memory=False).astype(jnp.float32)
     step = functools.partial(_step, block, bias)
     _, total = _for_each(block, step, operations.filled_tile(size, 0))
-    out[part(uses.out)] = total
+    out[part(uses.out)] = total * block.problem.kept if block.problem.rate else total
 
 
 def _step(block: _Block, bias: Array, use: _Use, number: Array, total: Array) -> Array:
@@ -223,9 +224,20 @@ def _step(block: _Block, bias: Array, use: _Use, number: Array, total: Array) ->
     def respond(products: Array) -> Array:
         found = scores(block.problem, products, bias)
         found = found._replace(value=where_needed(mask, use.bounds, use.keys, found.value, apply))
-        return weigh(block.problem, found, operations.row_values(lse), 0)[1]
+        return weigh(block.problem, found, operations.row_values(lse), 0, _keep(block, use))[1]
 
     response, d_weights = operations.two_products((queries, keys), (d_out, values), respond)
-    d_scores = score_gradient(response, d_weights, operations.row_values(delta), 0)
+    d_scores = score_gradient(block.problem, response, d_weights, operations.row_values(delta), 0)
     ring.release(slot)
     return total + d_scores
+
+
+def _keep(block: _Block, use: _Use) -> Array | None:
+    """Which weights of a tile dropout keeps."""
+    if (hashes := block.operands.hashes) is None:
+        return None
+    operations, tiles = block.problem.operations, block.tiles
+    rows = operations.row_values(hashes.queries.at[use.batch, use.head, _rows(block, use, block.warpgroup)])
+    keys = pl.ds(use.keys * tiles.keys, tiles.keys)
+    columns = operations.column_values(hashes.keys.at[use.batch, use.head, keys])
+    return dropping.keep(block.problem, rows, columns, (tiles.queries, tiles.keys))

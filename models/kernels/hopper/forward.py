@@ -33,6 +33,13 @@ class _Scratch(NamedTuple):
     rings: Rings
 
 
+class _Rows(NamedTuple):
+    """What stays of a warpgroup's queries while it goes over the keys."""
+
+    visible: Visible
+    hashes: Array | None
+
+
 def forward(problem: Problem, tiles: Tiles, operands: Operands) -> tuple[Array, Array]:
     """Output `[B, T, H, K]` and natural log-sum-exp `[B, H, T]`, -inf where a query sees no key."""
     rows = (CONSUMERS, tiles.queries)
@@ -70,6 +77,8 @@ def _compute(block: QueryBlock, scratch: _Scratch, out: Ref, lse: Ref) -> None:
     found = _over_keys(block, scratch.turn, queries)
     pl.when(block.warpgroup == 0)(lambda: _take_turns(scratch.turn))
     value, log_sum = finished(found)
+    if block.problem.rate:
+        value *= block.problem.kept
     queries[...], sums[...] = value.astype(queries.dtype), log_sum
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(queries, out.at[block.batch, block.rows, block.head])
@@ -90,19 +99,20 @@ def _over_keys(block: QueryBlock, turn: Ref, queries: Ref) -> Sums:
         operations.filled_rows(size, -jnp.inf),
         operations.filled_rows(size, 0),
     )
-    step = functools.partial(_step, block, turn, queries, visible)
+    step = functools.partial(_step, block, turn, queries, _Rows(visible, block.query_hashes()))
     return block.loop(step, start)
 
 
-def _step(block: QueryBlock, turn: Ref, queries: Ref, visible: Visible, tile: Array, sums: Sums) -> Sums:
+def _step(block: QueryBlock, turn: Ref, queries: Ref, rows: _Rows, tile: Array, sums: Sums) -> Sums:
     (keys, values), operations, slot = block.rings, block.problem.operations, block.slot(tile)
     products = operations.product(queries, keys.buffers[0].at[slot], meanwhile=lambda: _take_turns(turn))
-    value, factor = block.scores(visible, tile, products, hidden=-jnp.inf)
+    value, factor = block.scores(rows.visible, tile, products, hidden=-jnp.inf)
+    keep = block.keep(rows.hashes, tile)
     keys.release(slot)
     # a row of a tile may be minus infinity
     no_key = block.operands.mask.bounds is not None or isinstance(block.operands.bias, BiasTiles)
     total, top, weights, low = softmax(sums, value, factor, no_key)
-    low = low.astype(block.problem.dtype)
+    low = (low if keep is None else jnp.where(keep, low, 0.0)).astype(block.problem.dtype)
     total, weights, top, low = lax.optimization_barrier((total, weights, top, low))
     plgpu.barrier_arrive(turn)
     values.wait(slot)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..varying import vary, varying_axes
-from .key_gradient import KeyBlock, Totals, compute, gradient_of_scores
+from .key_gradient import KeyBlock, Totals, compute, gradient_of_scores, hash_buffers
 from .operations import Ref
 from .problem import CONSUMERS, Problem, Tiles, tiled
 from .query_block import Operands
@@ -47,7 +47,7 @@ def fused_gradient(
         tiled(rows, problem.dtype),
         tiled(rows, problem.dtype),
         plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
-        Ring.scratch(tiles.stages, [ring, ring, numbers, numbers]),
+        Ring.scratch(tiles.stages, [ring, ring, numbers, numbers, *hash_buffers(problem, tiles)]),
         tiled((CONSUMERS, tiles.keys, tiles.queries), problem.dtype),
         tiled((CONSUMERS, tiles.queries, COLUMNS), jnp.dtype(jnp.float32)),
     )
@@ -114,7 +114,7 @@ def _add_to_queries(block: KeyBlock, dq: Ref, keys: Ref, place: tuple[Index, Ind
         columns = pl.ds(first, COLUMNS)
         part = problem.operations.product_of_transposed(turned, keys.at[:, columns])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has been read
-        staged[...] = part * problem.scale
+        staged[...] = part * (problem.scale * problem.kept)
         plgpu.commit_smem()
         index = (block.batch, pl.ds(tile * size, size), block.query_head(member), columns)
         plgpu.copy_smem_to_gmem(staged, dq.at[index], reduction_op="add")

@@ -45,8 +45,6 @@ class Hopper:
             return f"its tiles hold widths up to 128, not {max(request.width, request.value_width)}"
         if not self.deterministic and (reason := _no_fused(request)):
             return reason
-        if request.dropout:
-            return "it has no dropout"
         no_bias = request.bias and _no_bias(request.bias, request.queries, request.keys)
         return no_bias or no_ranges(request.mask, request.queries, request.keys)
 

@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from . import dropping
 from .bias_tiles import Slopes, buffers, tile_parts, tile_values
 from .masking import Bounds, read_bounds, read_visible, where_needed
 from .operations import Ref
@@ -34,7 +35,7 @@ class _Scratch(NamedTuple):
     keys: Any  # and then their gradient
     values: Any
     loaded: Any
-    queries: Ring  # queries, the output's gradient, log-sum-exp, delta and tiles of a bias
+    queries: Ring  # queries, the output's gradient, log-sum-exp, delta, hashes and tiles of a bias
 
 
 class KeyBlock(NamedTuple):
@@ -98,7 +99,11 @@ def key_gradient(
         tiled(rows, problem.dtype),
         tiled(rows, problem.dtype),
         plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
-        Ring.scratch(tiles.stages, [ring, ring, numbers, numbers], buffers(operands.bias, tiles.stages)),
+        Ring.scratch(
+            tiles.stages,
+            [ring, ring, numbers, numbers, *hash_buffers(problem, tiles)],
+            buffers(operands.bias, tiles.stages),
+        ),
     )
     gradient = jax.ShapeDtypeStruct(operands.k.shape, operands.k.dtype)
     kernel = plgpu.kernel(
@@ -114,6 +119,11 @@ def key_gradient(
         interpret=problem.operations.interpret,
     )
     return kernel(operands, gradients)
+
+
+def hash_buffers(problem: Problem, tiles: Tiles) -> tuple[Any, ...]:
+    """Shared memory for the hashes of queries, the fifth buffer of the ring with dropout."""
+    return dropping.buffers(problem.rate > 0, tiles.stages, tiles.queries)
 
 
 def _body(
@@ -140,7 +150,9 @@ def copy_queries(block: KeyBlock) -> None:
         wide, narrow = (block.batch, rows, head), (block.batch, head, rows)
         references = operands.q.at[wide], gradients.d_out.at[wide]
         numbers = gradients.lse.at[narrow], gradients.delta.at[narrow]
-        return ((*references, *numbers, *tile_parts(operands.bias, block.batch, head, block.tile, tile)),)
+        hashes = dropping.sources(None if operands.hashes is None else operands.hashes.queries, narrow)
+        bias = tile_parts(operands.bias, block.batch, head, block.tile, tile)
+        return ((*references, *numbers, *hashes, *bias),)
 
     copy_all((block.scratch.queries,), block.steps * block.problem.group, sources)
 
@@ -159,8 +171,8 @@ def compute(block: KeyBlock, dk: Ref, dv: Ref, step: Step) -> None:
     steps = problem.group * block.steps
     each = functools.partial(step, block, (keys, values))
     d_keys, d_values = lax.fori_loop(0, steps, each, (zeros, zeros))
-    keys[...] = (d_keys * problem.scale).astype(keys.dtype)
-    values[...] = d_values.astype(values.dtype)
+    keys[...] = (d_keys * (problem.scale * problem.kept)).astype(keys.dtype)
+    values[...] = (d_values * problem.kept if problem.rate else d_values).astype(values.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(keys, dk.at[index])
     plgpu.copy_smem_to_gmem(values, dv.at[index])
@@ -196,7 +208,8 @@ def _two_at_once(
 
     def respond(products: Array) -> tuple[Array, Array]:
         found = _tile_scores(block, slot, place, products)
-        weights, response = weigh(problem, found, operations.column_values(lse), 1)
+        keep = _keep(block, slot, place)
+        weights, response = weigh(problem, found, operations.column_values(lse), 1, keep)
         return weights.astype(problem.dtype), response
 
     (weights, response), d_weights = operations.two_products((keys, queries), (values, d_out), respond)
@@ -219,7 +232,7 @@ def gradient_of_scores(
 
     def respond(value: Array, slot: Array) -> tuple[Array, Array]:
         lse = operations.column_values(block.scratch.queries.buffers[2].at[slot])
-        return weigh(problem, found._replace(value=value), lse, 1)
+        return weigh(problem, found._replace(value=value), lse, 1, _keep(block, slot, place))
 
     value, later = found.value, slot
     if problem.soft_cap is None:
@@ -229,17 +242,34 @@ def gradient_of_scores(
     if problem.soft_cap is not None:
         value, low, later = lax.optimization_barrier((value, low, slot))
     d_values = operations.add_product(d_values, low, d_out)
-    # delta is taken off first: then it needs no registers of its own
-    less = along(-operations.column_values(delta), found.value.shape, 1)
-    d_weights = operations.product_from(less, values, d_out)
+    if problem.rate:
+        d_weights = operations.product(values, d_out)
+    else:  # delta is taken off first: then it needs no registers of its own
+        less = along(-operations.column_values(delta), found.value.shape, 1)
+        d_weights = operations.product_from(less, values, d_out)
     if problem.soft_cap is not None:
         response = respond(value, later)[1]
+    if problem.rate:
+        return _score_gradient(block, response, d_weights, delta), d_values
     return (response * d_weights).astype(problem.dtype), d_values
 
 
 def _score_gradient(block: KeyBlock, response: Array, d_weights: Array, delta: Ref) -> Array:
     values = block.problem.operations.column_values(delta)
-    return score_gradient(response, d_weights, values, 1).astype(block.problem.dtype)
+    return score_gradient(block.problem, response, d_weights, values, 1).astype(block.problem.dtype)
+
+
+def _keep(block: KeyBlock, slot: Array, place: tuple[Index, Index]) -> Array | None:
+    """Which weights of a tile dropout keeps."""
+    if block.operands.hashes is None:
+        return None
+    operations, (member, _) = block.problem.operations, place
+    keys = pl.ds(block.first_key, block.tiles.keys)
+    of_keys = block.operands.hashes.keys.at[block.batch, block.query_head(member), keys]
+    of_queries = block.scratch.queries.buffers[4].at[slot]
+    shape = (block.tiles.keys, block.tiles.queries)
+    rows, columns = operations.row_values(of_keys), operations.column_values(of_queries)
+    return dropping.keep(block.problem, rows, columns, shape)
 
 
 def _tile_scores(block: KeyBlock, slot: Array, place: tuple[Index, Index], products: Array) -> Scores:

@@ -13,6 +13,7 @@ from ..ranges import ranges
 from ..terms import Terms
 from ..varying import vary, varying_axes
 from .attend import Inputs, Plan, attend
+from .dropping import hashes
 from .operations import Interpreted, Warpgroup
 from .problem import Problem, Tiles
 from .tiling import padded_ranges
@@ -35,7 +36,8 @@ def padded_attention(
     lengths = (problem.queries, problem.keys, problem.keys)
     q, k, v = (_padded(x, length, problem.width) for x, length in zip((q, k, v), lengths))
     bias = None if terms.bias is None else terms.bias.extended(problem.queries, problem.keys)
-    out, lse = attend(problem, plan(problem.width, bias, deterministic), Inputs(q, k, v, seen, bias))
+    inputs = Inputs(q, k, v, seen, bias, hashes(terms.dropout, problem))
+    out, lse = attend(problem, plan(problem.width, bias, deterministic), inputs)
     out, lse = out[:, :queries, :, :width], lse[:, :, :queries]
     if terms.sinks is None:
         return out, lse
@@ -67,6 +69,7 @@ def _problem(q: Array, k: Array, v: Array, terms: Terms, interpret: Any) -> Prob
         scale=terms.scale,
         soft_cap=terms.soft_cap,
         operations=Warpgroup() if interpret is None else Interpreted(interpret),
+        rate=0.0 if terms.dropout is None else terms.dropout.rate,
     )
 
 

@@ -43,6 +43,12 @@ class Problem:
     scale: float
     soft_cap: float | None
     operations: Warpgroup
+    rate: float = 0.0  # of dropout
+
+    @property
+    def kept(self) -> float:
+        """What dropout multiplies by the weights that stay."""
+        return 1 / (1 - self.rate)
 
     @property
     def group(self) -> int:

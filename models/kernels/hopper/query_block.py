@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from . import dropping
 from .bias_tiles import Operand, Slopes, buffers, tile_parts, tile_values
 from .masking import Bounds, MaskOperands, read_bounds, read_visible, where_needed, with_key_ids
 from .problem import CONSUMERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_COPY, Problem, Tiles, tiled
@@ -25,10 +26,11 @@ class Operands(NamedTuple):
     v: Any
     mask: MaskOperands
     bias: Operand | None
+    hashes: dropping.Hashes | None = None
 
 
 class Rings(NamedTuple):
-    """Tiles of keys, with those of a bias, and tiles of values."""
+    """Tiles of keys, with the keys' hashes and tiles of a bias, and tiles of values."""
 
     keys: Ring
     values: Ring
@@ -37,8 +39,9 @@ class Rings(NamedTuple):
     def scratch(cls, problem: Problem, tiles: Tiles, bias: Operand | None) -> Rings:
         """What a kernel asks for."""
         ring = tiled((tiles.stages, tiles.keys, problem.width), problem.dtype)
+        hashes = dropping.buffers(problem.rate > 0, tiles.stages, tiles.keys)
         with_keys = buffers(bias, tiles.stages)
-        return cls(Ring.scratch(tiles.stages, [ring], with_keys), Ring.scratch(tiles.stages, [ring]))
+        return cls(Ring.scratch(tiles.stages, [ring, *hashes], with_keys), Ring.scratch(tiles.stages, [ring]))
 
 
 class QueryBlock(NamedTuple):
@@ -80,8 +83,10 @@ class QueryBlock(NamedTuple):
         tile, size = self.bounds.first + step, self.tiles.keys
         head = lax.div(self.head, jnp.asarray(self.problem.group, jnp.int32))
         index = (self.batch, pl.ds(tile * size, size), head)
+        of_keys = None if self.operands.hashes is None else self.operands.hashes.keys
+        hashes = dropping.sources(of_keys, (self.batch, self.head, pl.ds(tile * size, size)))
         bias = tile_parts(self.operands.bias, self.batch, self.head, self.tile, tile)
-        return (self.operands.k.at[index], *bias), (self.operands.v.at[index],)
+        return (self.operands.k.at[index], *hashes, *bias), (self.operands.v.at[index],)
 
     @property
     def first_query(self) -> Array:
@@ -97,6 +102,21 @@ class QueryBlock(NamedTuple):
         """Which keys this warpgroup's queries see, but for the keys' ids."""
         mask = self.operands.mask._replace(key_ids=None)
         return read_visible(self.problem.operations, mask, self.batch, self.rows, None, 0)
+
+    def query_hashes(self) -> Array | None:
+        """Of this warpgroup's queries, for dropout."""
+        if self.operands.hashes is None:
+            return None
+        return self.problem.operations.row_values(
+            self.operands.hashes.queries.at[self.batch, self.head, self.rows]
+        )
+
+    def keep(self, query_hashes: Array | None, tile: Array) -> Array | None:
+        """Which weights of a tile dropout keeps, while the tile's keys are in their ring."""
+        if query_hashes is None:
+            return None
+        of_keys = self.problem.operations.column_values(self.rings.keys.buffers[1].at[self.slot(tile)])
+        return dropping.keep(self.problem, query_hashes, of_keys, (self.tiles.queries, self.tiles.keys))
 
     def slot(self, tile: Array) -> Array:
         """The stage of the rings that holds a tile."""

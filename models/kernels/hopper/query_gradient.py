@@ -22,7 +22,10 @@ from .scores import Visible, score_gradient, weigh
 
 
 class Gradients(NamedTuple):
-    """What the backward pass reads besides; `lse` to base 2, infinite where no key is seen."""
+    """What the backward pass reads besides; `lse` to base 2, infinite where no key is seen.
+
+    `delta` is over `Problem.kept`, and with it what the kernels sum up until they write it.
+    """
 
     d_out: Any
     lse: Any
@@ -44,6 +47,7 @@ class _Rows(NamedTuple):
     lse: Array
     delta: Array
     visible: Visible
+    hashes: Array | None
 
 
 def query_gradient(
@@ -93,18 +97,18 @@ def _compute(
     plgpu.copy_gmem_to_smem(block.operands.q.at[index], queries, loaded)
     plgpu.copy_gmem_to_smem(gradients.d_out.at[index], d_out, loaded)
     lse, delta = (operations.row_values(ref.at[numbers]) for ref in (gradients.lse, gradients.delta))
-    row = _Rows(queries, d_out, lse, delta, block.visible())
+    row = _Rows(queries, d_out, lse, delta, block.visible(), block.query_hashes())
     plgpu.barrier_wait(loaded)
     start = (
         operations.filled_tile((size, block.problem.width), 0),
         None if d_slopes is None else operations.filled_rows(size, 0),
     )
     total, of_slope = block.loop(functools.partial(_step, block, row), start)
-    queries[...] = (total * block.problem.scale).astype(queries.dtype)
+    queries[...] = (total * (block.problem.scale * block.problem.kept)).astype(queries.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(queries, dq.at[index])
     if d_slopes is not None:
-        d_slopes[numbers] = of_slope
+        d_slopes[numbers] = of_slope * block.problem.kept
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -115,14 +119,15 @@ def _step(
     keys, values = (ring.buffers[0].at[slot] for ring in block.rings)
 
     def respond(products: Array) -> Array:
-        return weigh(block.problem, block.scores(row.visible, tile, products), row.lse, 0)[1]
+        found = block.scores(row.visible, tile, products)
+        return weigh(block.problem, found, row.lse, 0, block.keep(row.hashes, tile))[1]
 
     for ring in block.rings:
         ring.wait(slot)
     both = (row.queries, keys), (row.d_out, values)
     response, d_weights = operations.two_products(*both, respond)
     block.rings.values.release(slot)
-    d_scores = score_gradient(response, d_weights, row.delta, 0)
+    d_scores = score_gradient(block.problem, response, d_weights, row.delta, 0)
     total = operations.add_product(total, d_scores.astype(block.problem.dtype), keys)
     block.rings.keys.release(slot)
     if of_slope is not None:  # computed again: behind the barrier the compiler does not know it from before

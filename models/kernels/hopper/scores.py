@@ -73,16 +73,27 @@ def along(vector: Array, shape: tuple[int, ...], axis: int) -> Array:
     return lax.broadcast_in_dim(vector, shape, [axis])
 
 
-def weigh(problem: Problem, tile: Scores, lse: Array, row_axis: int) -> tuple[Array, Array]:
+def weigh(
+    problem: Problem, tile: Scores, lse: Array, row_axis: int, keep: Array | None = None
+) -> tuple[Array, Array]:
     """The softmax's weights again, from its log-sum-exp to base 2, and how they answer to uncapped scores.
 
     The second is `weights * d cap / d score`; a log-sum-exp of infinity gives zeros. With a soft cap `value`
-    is the hyperbolic tangent.
+    is the hyperbolic tangent. Weights that dropout does not `keep` are zero in the first, negative in the
+    second.
     """
     weights = jnp.exp2(tile.value * tile.factor - along(lse, tile.value.shape, row_axis))
-    return weights, weights if problem.soft_cap is None else weights * (1 - tile.value * tile.value)
+    if keep is not None:
+        weights = jnp.where(keep, weights, -weights)
+    response = weights if problem.soft_cap is None else weights * (1 - tile.value * tile.value)
+    return weights if keep is None else jnp.maximum(weights, 0), response
 
 
-def score_gradient(response: Array, d_weights: Array, delta: Array, row_axis: int) -> Array:
-    """The gradient with respect to scaled scores plus bias; `delta` runs along `row_axis`."""
-    return response * (d_weights - along(delta, response.shape, row_axis))
+def score_gradient(problem: Problem, response: Array, d_weights: Array, delta: Array, row_axis: int) -> Array:
+    """The gradient with respect to scaled scores plus bias; `delta` runs along `row_axis`.
+
+    With dropout it is that over `Problem.kept`, if `delta` is: dropped weights answer to `delta` alone.
+    """
+    delta = along(delta, response.shape, row_axis)
+    less = d_weights - delta
+    return response * (less if not problem.rate else jnp.where(response > 0, less, delta))

@@ -13,6 +13,7 @@ from modicum.models.kernels import (
     Bucketed,
     Causal,
     DenseBias,
+    Dropout,
     Full,
     Lengths,
     Prefix,
@@ -41,6 +42,7 @@ class Case:
     soft_cap: float | None = None
     sinks: bool = False
     bias: Bias | None = None
+    dropout: Dropout | None = None
 
     def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         rng = np.random.default_rng(0)
@@ -50,7 +52,7 @@ class Case:
 
     def terms(self) -> Terms:
         sinks = np.linspace(-1, 2, self.heads, dtype=np.float32) if self.sinks else None
-        return Terms(self.mask, self.bias, self.width**-0.5, self.soft_cap, sinks, None)
+        return Terms(self.mask, self.bias, self.width**-0.5, self.soft_cap, sinks, self.dropout)
 
 
 def packed(batch: int, length: int, documents: int = 3, padding: int = 9) -> Segments:
@@ -94,6 +96,9 @@ def plain(q, k, v, terms):
     lse = jax.nn.logsumexp(scores, -1)
     weights = jnp.exp(scores - lse[..., None])[..., : k.shape[1]].astype(v.dtype)
     weights = jnp.where(allowed, weights, 0)
+    if terms.dropout is not None:
+        keep = terms.dropout.keep(*(Span(0, n) for n in (q.shape[0], q.shape[2], q.shape[1], k.shape[1])))
+        weights = jnp.where(keep, weights / (1 - terms.dropout.rate), 0).astype(v.dtype)
     return jnp.einsum("bhts,bshk->bthk", weights, v), lse
 
 
@@ -129,6 +134,7 @@ def draw(*shape: int) -> np.ndarray:
     return np.random.default_rng(4).normal(size=shape).astype(np.float32)
 
 
+DROPOUT = Dropout(0.3, np.uint32(7), batch=1, head=2, query=5, key=9)
 MIXED = Segments(np.random.default_rng(3).integers(0, 3, (1, 128)).astype(np.int32))
 CASES = (
     Case("full", Full(), 128, 256, dtype=jnp.float16),
@@ -141,5 +147,8 @@ CASES = (
     Case("dense bias for all heads", Causal(), 128, 128, bias=DenseBias(draw(1, 1, 128, 128)), soft_cap=5.0),
     Case("bucketed bias", Full(), 128, 128, heads=1, bias=Bucketed(draw(8, 1), max_distance=32)),
     Case("bucketed bias, far tiles", Full(), heads=1, bias=Bucketed(draw(8, 1), max_distance=32)),
+    Case("dropout", Causal(), 128, 200, batch=2, dropout=DROPOUT),
+    Case("dropout, wide, soft cap", Causal(), 128, 128, width=128, heads=1, soft_cap=5.0, dropout=DROPOUT),
+    Case("dropout, dense bias", Full(), 128, 128, bias=DenseBias(draw(1, 1, 128, 128)), dropout=DROPOUT),
     Case("ALiBi", Causal(3), 128, 128, heads=1, width=128, bias=ALiBi(np.float32([0.1]), offset=3)),
 )

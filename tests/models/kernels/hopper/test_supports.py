@@ -36,7 +36,6 @@ class Device:
     [
         ({"dtype": "float32"}, "bfloat16 or float16, not float32"),
         ({"width": 192}, "widths up to 128, not 192"),
-        ({"dropout": 0.1}, "no dropout"),
         ({"mask": Dense(np.ones((1, 1, 256, 256), bool))}, "Dense does not show each query one range"),
         ({"bias": DenseBias(np.ones((1, 4, 1, 256), np.float32))}, "a row for every query"),
         ({"bias": Bucketed(np.ones((8, 4), np.float32), offset=jnp.array(1))}, "known when compiling"),
@@ -53,7 +52,7 @@ def test_what_it_cannot_do_it_names(changes, reason):
         {"mask": Full(), "soft_cap": True, "sinks": True, "width": 100, "value_width": 24},
         {"mask": Causal() & Segments(np.ones((2, 256), np.int32)), "dtype": "float16"},
         {"bias": DenseBias(np.ones((1, 4, 256, 256), np.float32))},
-        {"bias": ALiBi(np.ones(4, np.float32), offset=3)},
+        {"bias": ALiBi(np.ones(4, np.float32), offset=3), "dropout": 0.1},
     ],
 )
 def test_what_it_can_do(changes):
