@@ -69,7 +69,7 @@ def collective(
 
 
 def members(instruction: Instruction, mesh: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
-    """How many devices a group has, and the mesh axes along which they lie (`other` where none fit)."""
+    """How many devices a group has, and the mesh axes along which they lie."""
     text, devices = instruction.text, math.prod(mesh.values())
     if pairs := PAIRS.search(text):
         moved = [pair.split(",") for pair in re.findall(r"\{([\d, ]+)\}", pairs[1])]

@@ -25,8 +25,7 @@ from .traffic import moved_bytes
 
 FREE = {
     *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id"),
-    *("replica-id", "opt-barrier", "copy-done", "slice-done", "async-done", "async-update", "domain"),
-    *("all-gather-done", "all-reduce-done", "collective-permute-done", "iota", "add-dependency"),
+    *("replica-id", "opt-barrier", "async-update", "domain", "iota", "add-dependency"),
 }
 NO_WORK = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding", "AsyncCollectiveDone"}
 KERNELS = {"tpu_custom_call", "mosaic_gpu_v2", "__gpu$xla.gpu.triton"}
@@ -108,7 +107,7 @@ class _Walk:
 
     def computation(self, here: Computation, times: int) -> None:
         for one in here.instructions:
-            if one.opcode not in FREE:
+            if one.opcode not in FREE and not one.opcode.endswith("-done"):
                 self._instruction(one, here, times)
 
     def _instruction(self, one: Instruction, here: Computation, times: int) -> None:
@@ -120,7 +119,11 @@ class _Walk:
         elif one.opcode == "conditional":
             self._dearest(one.branches, times)
         elif one.opcode in ("call", "async-start"):
+            before = len(self.found.collectives)
             self._call(one.called("to_apply") or one.called("calls"), times)
+            if one.opcode == "async-start":
+                started = self.found.collectives[before:]
+                self.found.collectives[before:] = [each._replace(background=True) for each in started]
         elif kind := collective_kind(one):
             size = _whole(one, kind, here)
             self._add(collective(one, kind, size, times, self.mesh, one.opcode.endswith("-start")))

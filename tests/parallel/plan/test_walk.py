@@ -134,6 +134,34 @@ def test_a_permutation_lies_on_the_axes_it_crosses():
     assert members(parse_instruction(line)[0], {"data": 2, "tensor": 2}) == (2, ("tensor",))
 
 
+def test_collectives_of_any_kind_may_be_started_and_done():
+    text = """HloModule m
+
+%scatter (x.1: f32[8,4]) -> f32[2,4] {
+  %x.1 = f32[8,4]{1,0} parameter(0)
+  ROOT %part.1 = f32[2,4]{1,0} reduce-scatter(%x.1), replica_groups={}, dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (x: f32[8,4]) -> (f32[2,4], f32[2,4], f32[8,4]) {
+  %x = f32[8,4]{1,0} parameter(0)
+  %a = ((f32[8,4]{1,0}), f32[2,4]{1,0}) reduce-scatter-start(%x), replica_groups={}, to_apply=%add
+  %b = f32[2,4]{1,0} reduce-scatter-done(%a)
+  %c = ((f32[8,4]{1,0}), f32[2,4]{1,0}, s32[]) async-start(%x), calls=%scatter
+  %d = f32[2,4]{1,0} async-done(%c)
+  %e = ((f32[2,4]{1,0}), f32[8,4]{1,0}) all-gather-start(%d), replica_groups={}, dimensions={0}
+  %f = f32[8,4]{1,0} all-gather-done(%e)
+  ROOT %out = (f32[2,4]{1,0}, f32[2,4]{1,0}, f32[8,4]{1,0}) tuple(%b, %d, %f)
+}
+"""
+    found = walk(text, ONE | {"data": 4})
+    share = 3 / 4 * 4 * 8 * 4
+    assert found.sent() == {
+        ("reduce-scatter", ("data",)): (2, 2 * share),
+        ("all-gather", ("data",)): (1, share),
+    }
+    assert all(one.background for one in found.collectives) and not found.bytes
+
+
 def test_a_compiled_scan_over_a_mesh(quick_compile):
     layers, rows, width = 6, 32, 64
     mesh = make_mesh(MeshShape(fsdp=2, tensor=4))
