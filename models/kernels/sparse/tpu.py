@@ -23,6 +23,7 @@ from .request import SparseRequest
 LANES = 128
 ROWS = {"float32": 8, "bfloat16": 16}  # of a tile of registers
 ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+MOST_VMEM = 32 << 20  # bytes of an expert's weights, each block held twice
 MOST_CHOICES = 1 << 16  # numbers of 4 bytes in scalar memory, of which there is 1 MiB
 
 
@@ -44,6 +45,9 @@ class SparseTpu:
         if request.width % LANES or request.size % ROWS[request.dtype]:
             rows = ROWS[request.dtype]
             return f"experts of {request.size}×{request.width} are not whole tiles of {rows}×{LANES}"
+        matrices, itemsize = 3 if request.gated else 2, {"float32": 4, "bfloat16": 2}[request.dtype]
+        if 2 * matrices * request.size * request.width * itemsize > MOST_VMEM:
+            return f"experts of {request.size}×{request.width} are larger than on-chip memory holds twice"
         if request.tokens * request.chosen > MOST_CHOICES:
             return f"{request.tokens * request.chosen} choices are more than scalar memory holds"
         return None

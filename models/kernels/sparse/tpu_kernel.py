@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ...mlp import activation_function
+from ..tpu.call import VMEM_LIMIT
 from .experts import Experts
 
 NAMES = ("up", "gate", "up_bias", "gate_bias", "down")  # in this order, those that there are
@@ -44,7 +45,9 @@ def run(interpret: Any, x: Array, experts: Experts, chosen: Array) -> Array:
             scratch_shapes=[pltpu.VMEM((1, width), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct((tokens, 1, width), x.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         cost_estimate=_cost(tokens * picked, experts),
         interpret=interpret,
     )(chosen.astype(jnp.int32).reshape(-1), x[:, None], *arrays)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,10 @@ def test_what_it_cannot_do_has_a_reason():
     narrow = drawn().replace(up=jnp.zeros((E, N, 96)), down=jnp.zeros((E, N, 96)))
     assert "16×96 are not whole tiles of 8×128" in KERNEL.supports(sparse_request(x[:, :96], narrow, chosen))
     assert KERNEL.supports(request) is None
+    large = drawn().replace(up=jnp.zeros((1, 8192, D)), down=jnp.zeros((1, 8192, D)), up_bias=None)
+    assert KERNEL.supports(sparse_request(x, large, chosen[:, :1])) is None
+    larger = replace(sparse_request(x, large, chosen[:, :1]), size=16384, width=512)
+    assert "larger than on-chip memory" in KERNEL.supports(larger)
     assert (
         "2 tokens together read more than the whole layer" in KERNEL.unfit(sparse_request(x, drawn(), chosen))
         or request.partitioned
@@ -102,7 +107,7 @@ def shape(*sizes, dtype):
 found = {}
 CASES = ("float32", "relu", False), ("bfloat16", "silu", True), ("float32", "gelu", False)
 for dtype, activation, gated in CASES:
-    E, n, D = 32, 128, 1024
+    E, n, D = 8, 1280, 1024  # of float32 20 MiB at a time
     matrix = shape(E, n, D, dtype=dtype)
     bias = shape(E, n, dtype=dtype)
     gate = (matrix, bias) if gated else (None, None)
