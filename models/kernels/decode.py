@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ... import InputError
-from .biases import Bias, as_bias
-from .front import check_number
+from .biases import ALiBi, Bias, Bucketed, as_bias
+from .front import check_number, sinks_mismatch
 from .masks import Causal, Lengths, Mask, Sizes
 from .paged import Paged, check_pages, choose_decoder
 from .reference import masked_scores, softmax
@@ -111,7 +111,10 @@ def decode_attention(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if isinstance(k, Paged) and isinstance(v, Paged):
         lengths = check_pages(q, k, v, lengths)
-        terms = Terms(_mask_of_pages(q, k, lengths, mask), bias, scale, soft_cap, sinks)
+        sizes = Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        if reason := _bias_mismatch(bias, sizes) or sinks_mismatch(sinks, sizes.heads):
+            raise InputError(f"decode_attention: {reason}")
+        terms = Terms(_mask_of_pages(sizes, lengths, mask), bias, scale, soft_cap, sinks)
         request = dataclasses.replace(request_of(q, k, v, terms, return_lse), page=k.pages.shape[1])
         out, lse = choose_decoder(request, impl)(q, k, v, lengths, terms)
     elif isinstance(k, Joined) and isinstance(v, Joined) and mask is not None:
@@ -126,13 +129,23 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
-def _mask_of_pages(q: Array, k: Paged, lengths: Array, mask: Mask | None) -> Mask:
+def _mask_of_pages(sizes: Sizes, lengths: Array, mask: Mask | None) -> Mask:
     """The given mask, checked; without one the queries are the last of each row."""
     if mask is None:
-        return Causal(lengths - q.shape[1])
-    if reason := mask.mismatch(Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1])):
+        return Causal(lengths - sizes.queries)
+    if reason := mask.mismatch(sizes):
         raise InputError(f"decode_attention: {reason}")
     return mask
+
+
+def _bias_mismatch(bias: Bias | None, sizes: Sizes) -> str | None:
+    """Why the bias does not fit, or None; here, and nowhere else, its offset may be one a row."""
+    if isinstance(bias, ALiBi | Bucketed) and jnp.ndim(bias.offset):
+        if jnp.shape(bias.offset) != (sizes.batch,):
+            found = f"{type(bias).__name__}.offset has shape {list(jnp.shape(bias.offset))}"
+            return f"{found}; it must be a scalar or [{sizes.batch}], one number a batch row"
+        bias = dataclasses.replace(bias, offset=0)
+    return None if bias is None else bias.mismatch(sizes)
 
 
 def _on_joined(q: Array, k: Joined, v: Joined, terms: Terms) -> tuple[Array, Array]:

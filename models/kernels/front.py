@@ -126,7 +126,7 @@ def terms_of(
     reasons = (
         mask.mismatch(sizes),
         bias.mismatch(sizes) if bias is not None else None,
-        _sinks_mismatch(sinks, sizes.heads),
+        sinks_mismatch(sinks, sizes.heads),
         dropout.mismatch() if dropout is not None else None,
     )
     if reason := next(filter(None, reasons), None):
@@ -163,7 +163,8 @@ def check_number(name: str, value: float | None) -> None:
         raise InputError(f"attention: {name} is {value!r}; it must be a positive Python number")
 
 
-def _sinks_mismatch(sinks: Array | None, heads: int) -> str | None:
+def sinks_mismatch(sinks: Array | None, heads: int) -> str | None:
+    """Why these are no sinks of so many heads, or None."""
     if sinks is None:
         return None
     if jax.numpy.shape(sinks) != (heads,) or not jax.numpy.issubdtype(sinks.dtype, jax.numpy.floating):

@@ -114,6 +114,9 @@ def check_pages(q: Array, k: Paged, v: Paged, lengths: Array | None) -> Array:
             )
         if k.shape[:3] != v.shape[:3]:
             reasons.append(f"k {list(k.shape)} and v {list(v.shape)} must agree but for the last axis")
+        if k.pages.shape[1] != v.pages.shape[1]:
+            sizes = k.pages.shape[1], v.pages.shape[1]
+            reasons.append(f"pages of {sizes[0]} keys and of {sizes[1]} values must agree")
         if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
             found = f"{lengths.dtype}{list(lengths.shape)}"
             reasons.append(f"lengths are {found}; they must be int32 [{batch}], how many keys a row has")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .... import InputError
 from ..biases import ALiBi
 from ..masks import Lengths, describe
 from ..merging import merge, merge_sinks
@@ -64,6 +65,11 @@ class HopperPages:
 
     def __call__(self, q: Array, k: Paged, v: Paged, lengths: Array, terms: Terms) -> tuple[Array, Array]:
         """Output `[B, T, H, K]` in the type of q and log-sum-exp `[B, H, T]`, float32."""
+        if {k.pages.dtype, v.pages.dtype} != {q.dtype}:
+            found = f"{q.dtype} queries on pages of {k.pages.dtype} keys and {v.pages.dtype} values"
+            raise InputError(
+                f"impl='hopper' multiplies numbers of one type, not {found}; use impl='gathered'"
+            )
         given = (q, k, v, lengths, terms)
         return _differentiable(self, *vary(given, varying_axes(given)))
 

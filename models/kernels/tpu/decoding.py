@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .... import InputError
 from ..biases import ALiBi
 from ..masks import describe
 from ..merging import merge_sinks
@@ -74,11 +73,6 @@ class Pages:
 
     def __call__(self, q: Array, k: Paged, v: Paged, lengths: Array, terms: Terms) -> tuple[Array, Array]:
         """Output `[B, T, H, V]` and log-sum-exp `[B, H, T]`."""
-        if k.pages.shape[1] != v.pages.shape[1]:
-            sizes = k.pages.shape[1], v.pages.shape[1]
-            raise InputError(
-                f"decode_attention: pages of {sizes[0]} keys and of {sizes[1]} values must agree"
-            )
         given = (q, k, v, lengths, terms)
         return _differentiable(self, *vary(given, varying_axes(given)))
 

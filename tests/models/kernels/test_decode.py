@@ -136,6 +136,13 @@ def test_an_empty_row_gives_nothing():
         ({"impl": "pallas"}, "impl='pallas' is unknown; valid are auto, tpu, hopper, gathered"),
         ({"k": Paged(jnp.ones((3, 2)), jnp.ones((3, 2), int))}, r"k.pages has shape \[3, 2\]"),
         ({"k": Joined(jnp.ones((6, 7, 4)), 2)}, "k and v have one form"),
+        (
+            {"v": Paged(jnp.ones((6, 2, 2, 4)), jnp.ones((3, 6), int))},
+            "pages of 4 keys and of 2 values must agree",
+        ),
+        ({"sinks": jnp.ones(2)}, r"sinks are float32\[2\]; they must be floating \[4\]"),
+        ({"bias": ALiBi(jnp.ones(2))}, r"ALiBi.slopes has shape \[2\]; it must be \[4\]"),
+        ({"bias": ALiBi(jnp.ones(4), jnp.ones(2, int))}, r"ALiBi.offset has shape \[2\]"),
     ],
 )
 def test_pages_that_do_not_fit_are_named(change, message):

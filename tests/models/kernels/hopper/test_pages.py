@@ -9,6 +9,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+from modicum import InputError
 from modicum.models.kernels import ALiBi, Bucketed, Causal, Dense, Full, Keys, Paged, Terms, Window
 from modicum.models.kernels.hopper import decoding
 from modicum.models.kernels.hopper.decoding import HopperPages
@@ -104,6 +105,12 @@ def test_it_is_for_hopper_gpus_and_chosen_before_copies():
     assert names.index("hopper") < names.index("gathered")
     assert HopperPages().supports(REQUEST) == "it is for Hopper GPUs, and this is a cpu"
     assert HopperPages().unfit(dataclasses.replace(REQUEST, partitioned=True))
+
+
+def test_numbers_of_several_types_are_refused():
+    q, k, v, lengths = call([40], 1, 2, 2, page=16, room=4)
+    with pytest.raises(InputError, match="bfloat16 queries on pages of float32 keys and bfloat16 values"):
+        INTERPRETED(q, Paged(k.pages.astype("float32"), k.table), v, lengths, Terms(Full()))
 
 
 def test_its_gradient_is_that_of_gathered_pages(monkeypatch):

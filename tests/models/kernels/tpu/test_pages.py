@@ -5,13 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from modicum import InputError
 from modicum.models.kernels import (
     ALiBi,
     Bucketed,
@@ -175,8 +173,6 @@ def test_what_it_cannot_do_has_a_reason():
     assert "partition" in unfit(change(partitioned=True))
     assert "5 key heads would be copied" in unfit(change(kv_heads=5, partitioned=False))
     assert "16 wide would be copied" in unfit(change(partitioned=False))
-    with pytest.raises(InputError, match="pages of 4 keys and of 2 values"):
-        SMALL(q, k, Paged(v.pages[:, :2], v.table), lengths, terms)
 
 
 def test_it_stands_before_the_copy():
