@@ -80,6 +80,11 @@ def sharded_attention(
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "impl": impl, "return_lse": return_lse}
     terms = explicit(terms_of(q, k, v, mask, bias, scale, soft_cap, sinks, dropout))
     mesh, manual = mesh_here(axes.mesh)
+    if axes.order == "zigzag" and axes.length in manual and mesh.shape[axes.length] > 1:
+        raise InputError(
+            f"attention: a shard_map around has split {axes.length} already, and then nothing says where a "
+            f'device\'s positions are; call context_attention, or use order="contiguous" for whole sequences'
+        )
     if manual == set(mesh.axis_names):
         return attention(q, k, v, mask=mask, bias=bias, sinks=sinks, dropout=dropout, **options)
     place = _fitting(axes, mesh, manual, q, k)

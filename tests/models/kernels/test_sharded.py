@@ -186,3 +186,18 @@ def test_what_cannot_lie_on_a_mesh_is_named():
     ):
         x = np.ones((B, 6, H, K))
         sharded_attention(x, x, x, axes=axes_of("context=2", order="zigzag"), mask=Full())
+
+
+@pytest.mark.parametrize("manual", [{"context"}, {"context", "data"}])
+def test_zigzag_order_inside_a_shard_map_over_it_is_refused(manual):
+    axes = axes_of("data=2,context=2", order="zigzag")
+    others = set(axes.mesh.axis_names) - {"context", "data"} if len(manual) > 1 else set()
+    inner = jax.shard_map(
+        lambda x: sharded_attention(x, x, x, axes=axes, mask=Causal()),
+        mesh=axes.mesh,
+        in_specs=jax.P(),
+        out_specs=jax.P(),
+        axis_names=manual | others,
+    )
+    with pytest.raises(InputError, match="a shard_map around has split context already"):
+        jax.eval_shape(inner, np.ones((B, T, H, K)))
