@@ -1,6 +1,6 @@
 #!/bin/sh
 # On a machine with a Hopper GPU and jax[cuda13]: are the kernels right, and only then, how fast are they?
-#   tests/gpu.sh FOLDER     writes FOLDER/<case>/ for each case of the table in docs/kernels.md, and of decoding
+#   tests/gpu.sh FOLDER     writes FOLDER/<case>/ for each case below, and of decoding
 set -e
 out=$(mkdir -p "${1:?give a folder for the tables}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
