@@ -1,10 +1,22 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from modicum import InputError
-from modicum.models.kernels import Causal, Dense, Full, Keys, Lengths, Prefix, Segments, Window, block_sizes
+from modicum.models.kernels import (
+    Causal,
+    Dense,
+    Full,
+    Keys,
+    Lengths,
+    Prefix,
+    Request,
+    Segments,
+    Window,
+    block_sizes,
+)
 from modicum.models.kernels.block_sizes import (
     FIELDS,
     TABLE,
@@ -14,6 +26,7 @@ from modicum.models.kernels.block_sizes import (
     with_entry,
     written,
 )
+from modicum.models.kernels.tpu import block_sizes as tpu_blocks
 
 IDS, ANYTHING = np.ones((1, 4), int), dict.fromkeys(FIELDS, "*")
 
@@ -45,6 +58,19 @@ def test_the_entry_that_names_most_is_taken(table):
 def test_lengths_go_to_the_next_longer_entry_and_beyond_the_last(table):
     table({"length": 2048, "blocks": [2, 2]}, {"length": 512, "blocks": [1, 1]})
     assert [find(length) for length in (1, 512, 513, 2048, 10**6)] == [(1, 1), (1, 1), (2, 2), (2, 2), (2, 2)]
+
+
+def test_tpu_kernels_take_the_entry_of_their_own_and_else_constants(table):
+    request = Request("tpu", 1, 4096, 4096, 2, 2, 128, 128, "bfloat16", Causal(), None, False)
+    table({"length": 512, "blocks": [1, 1]})
+    constants = tpu_blocks.forward_blocks(request), tpu_blocks.backward_blocks(request)
+    assert constants == ((1024, 1024, 512), (1024, 1024, 512))
+    table({"implementation": "tpu backward", "length": 1024, "blocks": [512, 2048, 256], "width": 128})
+    assert (tpu_blocks.forward_blocks(request), tpu_blocks.backward_blocks(request)) == (
+        constants[0],
+        (512, 2048, 256),
+    )
+    assert tpu_blocks.backward_blocks(dataclasses.replace(request, width=256)) == constants[1]
 
 
 @pytest.mark.parametrize(
