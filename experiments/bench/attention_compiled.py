@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
-from ...models.kernels import ALiBi, Bucketed, Causal, DenseBias, Dropout, Full, Segments, Window
+from ...models.kernels import ALiBi, Bucketed, Causal, Dense, DenseBias, Dropout, Full, Segments, Window
 from ...models.kernels.terms import Terms
 from ...research.study.tables import Table
 
@@ -81,6 +81,10 @@ def _dropout(make: Any, width: int, **others: Any) -> Terms:
     return _plain(make, width, Causal(), dropout=Dropout(0.1, make((), "uint32")), **others)
 
 
+def _dense_mask(make: Any, width: int, **others: Any) -> Terms:
+    return _plain(make, width, Dense(make((2, 1, 4096, 4096), "bool")), **others)
+
+
 def shapes() -> Iterator[Shape]:
     """What we ship."""
     kinds: dict[str, Callable[[Any, int], Terms]] = {
@@ -93,6 +97,7 @@ def shapes() -> Iterator[Shape]:
         "bucketed bias": _bucketed,
         "causal, ALiBi": _alibi,
         "causal, dropout": _dropout,
+        "dense mask": _dense_mask,
     }
     for width in (64, 128):
         for name, terms in kinds.items():

@@ -13,7 +13,7 @@ from jax import Array
 from ..biases import ALiBi, Bias, Bucketed, Dense
 from ..varying import vary, varying_axes
 from .bias_gradient import bias_gradient
-from .bias_tiles import bucket_sums, operand
+from .bias_tiles import BiasTiles, bucket_sums, operand
 from .dropping import Hashes
 from .forward import forward
 from .fused_gradient import fused_gradient
@@ -43,6 +43,7 @@ class Inputs(NamedTuple):
     seen: Any  # Ranges
     bias: Bias | None
     hashes: Hashes | None = None  # for dropout
+    allowed: Array | None = None  # bool, a dense mask
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -56,17 +57,21 @@ def attend(problem: Problem, plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
 
 
 def _over_keys(problem: Problem, tiles: Tiles, inputs: Inputs) -> Operands:
-    q, k, v, seen, bias, hashes = inputs
+    q, k, v, seen, bias, hashes, allowed = inputs
     rows = CONSUMERS * tiles.queries
     mask = mask_over_keys(seen, problem, rows, tiles.keys)
-    return Operands(q, k, v, mask, operand(bias, rows, tiles.keys, over_queries=False), hashes)
+    dense = None if allowed is None else BiasTiles(allowed.astype(jnp.bfloat16), rows, tiles.keys)
+    return Operands(q, k, v, mask, operand(bias, rows, tiles.keys, over_queries=False), hashes, dense)
 
 
 def _over_queries(problem: Problem, tiles: Tiles, inputs: Inputs) -> Operands:
-    q, k, v, seen, bias, hashes = inputs
+    q, k, v, seen, bias, hashes, allowed = inputs
     rows = CONSUMERS * tiles.keys
     mask = mask_over_queries(seen, problem, tiles.queries, rows)
-    return Operands(q, k, v, mask, operand(bias, rows, tiles.queries, over_queries=True), hashes)
+    dense = None
+    if allowed is not None:
+        dense = BiasTiles(allowed.swapaxes(2, 3).astype(jnp.bfloat16), rows, tiles.queries)
+    return Operands(q, k, v, mask, operand(bias, rows, tiles.queries, over_queries=True), hashes, dense)
 
 
 def _forward(problem: Problem, plan: Plan, inputs: Inputs) -> tuple[tuple[Array, Array], tuple[Any, ...]]:

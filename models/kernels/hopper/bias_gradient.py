@@ -25,7 +25,7 @@ from .problem import CONSUMERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_COPY, Problem
 from .query_block import Operands
 from .query_gradient import Gradients
 from .ring import Index, Ring
-from .scores import mask_scores, score_gradient, scores, weigh
+from .scores import hide, mask_scores, score_gradient, scores, weigh
 
 CHUNKS = 8  # blocks that share the uses of one tile of a bucketed bias: enough for all multiprocessors
 
@@ -223,13 +223,23 @@ def _step(block: _Block, bias: Array, use: _Use, number: Array, total: Array) ->
 
     def respond(products: Array) -> Array:
         found = scores(block.problem, products, bias)
-        found = found._replace(value=where_needed(mask, use.bounds, use.keys, found.value, apply))
+        value = where_needed(mask, use.bounds, use.keys, found.value, apply)
+        found = found._replace(value=hide(value, _allowed(block, use)))
         return weigh(block.problem, found, operations.row_values(lse), 0, _keep(block, use))[1]
 
     response, d_weights = operations.two_products((queries, keys), (d_out, values), respond)
     d_scores = score_gradient(block.problem, response, d_weights, operations.row_values(delta), 0)
     ring.release(slot)
     return total + d_scores
+
+
+def _allowed(block: _Block, use: _Use) -> Array | None:
+    """The tile of a dense mask."""
+    if (allowed := block.operands.allowed) is None:
+        return None
+    first, size = block.warpgroup * block.tiles.queries, block.tiles.queries
+    lies = allowed.part(use.batch, use.head, use.tile, use.keys, first, size)
+    return block.problem.operations.tile(lies, in_shared_memory=False).astype(jnp.float32)
 
 
 def _keep(block: _Block, use: _Use) -> Array | None:

@@ -48,7 +48,7 @@ def forward(problem: Problem, tiles: Tiles, operands: Operands) -> tuple[Array, 
         plgpu.SMEM(rows, jnp.float32),
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_arrivals=CONSUMERS),
-        Rings.scratch(problem, tiles, operands.bias),
+        Rings.scratch(problem, tiles, operands),
     )
     out = jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype)
     lse = jax.ShapeDtypeStruct((problem.batch, problem.heads, problem.queries), jnp.float32)

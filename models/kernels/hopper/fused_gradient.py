@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..varying import vary, varying_axes
-from .key_gradient import KeyBlock, Totals, compute, gradient_of_scores, hash_buffers
+from .key_gradient import KeyBlock, Totals, compute, gradient_of_scores, query_ring
 from .operations import Ref
 from .problem import CONSUMERS, Problem, Tiles, tiled
 from .query_block import Operands
@@ -41,13 +41,11 @@ def fused_gradient(
 ) -> tuple[Array, Array, Array]:
     """The gradients with respect to q, k and v, for attention without a bias."""
     rows = (CONSUMERS, tiles.keys, problem.width)
-    ring = tiled((tiles.stages, tiles.queries, problem.width), problem.dtype)
-    numbers = plgpu.SMEM((tiles.stages, tiles.queries), jnp.float32)
     scratch = _Scratch(
         tiled(rows, problem.dtype),
         tiled(rows, problem.dtype),
         plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
-        Ring.scratch(tiles.stages, [ring, ring, numbers, numbers, *hash_buffers(problem, tiles)]),
+        query_ring(problem, tiles, operands),
         tiled((CONSUMERS, tiles.keys, tiles.queries), problem.dtype),
         tiled((CONSUMERS, tiles.queries, COLUMNS), jnp.dtype(jnp.float32)),
     )

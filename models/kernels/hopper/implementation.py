@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..biases import ALiBi, Bias, Bucketed, Dense
-from ..ranges import no_ranges
 from ..request import PARTITIONED, Request
 from ..terms import Terms
+from .dense_masks import no_mask
 
 TYPES = ("bfloat16", "float16")
 
@@ -36,7 +36,7 @@ class Hopper:
     deterministic: bool = True
 
     def supports(self, request: Request) -> str | None:
-        """A Hopper GPU, 16-bit inputs, widths up to 128, masks that are a range of keys a query."""
+        """A Hopper GPU, 16-bit inputs, widths up to 128, masks that are dense or a range of keys a query."""
         if self.interpret is None and (reason := no_hopper(request.platform)):
             return reason
         if request.dtype not in TYPES:
@@ -46,7 +46,7 @@ class Hopper:
         if not self.deterministic and (reason := _no_fused(request)):
             return reason
         no_bias = request.bias and _no_bias(request.bias, request.queries, request.keys)
-        return no_bias or no_ranges(request.mask, request.queries, request.keys)
+        return no_bias or no_mask(request.mask, request.queries, request.keys)
 
     def unfit(self, request: Request) -> str | None:
         """Decoding, as a block holds 128 queries, and what XLA would have to partition."""

@@ -18,14 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import dropping
-from .bias_tiles import Slopes, buffers, tile_parts, tile_values
+from .bias_tiles import Slopes, tile_values
 from .masking import Bounds, read_bounds, read_visible, where_needed
 from .operations import Ref
 from .problem import CONSUMERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_COPY, Problem, Tiles, tiled
 from .query_block import Operands
 from .query_gradient import Gradients
 from .ring import Index, Ring, copy_all
-from .scores import Scores, along, mask_scores, score_gradient, scores, weigh
+from .scores import Scores, along, hide, mask_scores, score_gradient, scores, weigh
 
 Totals = tuple[Array, Array]
 Step = Callable[["KeyBlock", tuple[Ref, Ref], Array, Totals], Totals]
@@ -35,7 +35,7 @@ class _Scratch(NamedTuple):
     keys: Any  # and then their gradient
     values: Any
     loaded: Any
-    queries: Ring  # queries, the output's gradient, log-sum-exp, delta, hashes and tiles of a bias
+    queries: Ring  # queries, the output's gradient, log-sum-exp, delta, hashes, tiles of dense mask and bias
 
 
 class KeyBlock(NamedTuple):
@@ -93,17 +93,11 @@ def key_gradient(
 ) -> tuple[Array, Array]:
     """The gradients with respect to k and v, `[B, S, G, K]` each."""
     rows = (CONSUMERS, tiles.keys, problem.width)
-    ring = tiled((tiles.stages, tiles.queries, problem.width), problem.dtype)
-    numbers = plgpu.SMEM((tiles.stages, tiles.queries), jnp.float32)
     scratch = _Scratch(
         tiled(rows, problem.dtype),
         tiled(rows, problem.dtype),
         plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
-        Ring.scratch(
-            tiles.stages,
-            [ring, ring, numbers, numbers, *hash_buffers(problem, tiles)],
-            buffers(operands.bias, tiles.stages),
-        ),
+        query_ring(problem, tiles, operands),
     )
     gradient = jax.ShapeDtypeStruct(operands.k.shape, operands.k.dtype)
     kernel = plgpu.kernel(
@@ -121,9 +115,13 @@ def key_gradient(
     return kernel(operands, gradients)
 
 
-def hash_buffers(problem: Problem, tiles: Tiles) -> tuple[Any, ...]:
-    """Shared memory for the hashes of queries, the fifth buffer of the ring with dropout."""
-    return dropping.buffers(problem.rate > 0, tiles.stages, tiles.queries)
+def query_ring(problem: Problem, tiles: Tiles, operands: Operands) -> Ring:
+    """What a block needs at once of queries; with dropout the fifth buffer is for their hashes."""
+    ring = tiled((tiles.stages, tiles.queries, problem.width), problem.dtype)
+    numbers = plgpu.SMEM((tiles.stages, tiles.queries), jnp.float32)
+    hashes = dropping.buffers(problem.rate > 0, tiles.stages, tiles.queries)
+    buffers = [ring, ring, numbers, numbers, *hashes]
+    return Ring.scratch(tiles.stages, buffers, operands.buffers(tiles.stages))
 
 
 def _body(
@@ -151,8 +149,8 @@ def copy_queries(block: KeyBlock) -> None:
         references = operands.q.at[wide], gradients.d_out.at[wide]
         numbers = gradients.lse.at[narrow], gradients.delta.at[narrow]
         hashes = dropping.sources(None if operands.hashes is None else operands.hashes.queries, narrow)
-        bias = tile_parts(operands.bias, block.batch, head, block.tile, tile)
-        return ((*references, *numbers, *hashes, *bias),)
+        parts = operands.parts(block.batch, head, block.tile, tile)
+        return ((*references, *numbers, *hashes, *parts),)
 
     copy_all((block.scratch.queries,), block.steps * block.problem.group, sources)
 
@@ -293,4 +291,6 @@ def _tile_scores(block: KeyBlock, slot: Array, place: tuple[Index, Index], produ
         visible = read_visible(operations, operands.mask, block.batch, queries, keys, 1)
         return mask_scores(operations, value, visible, block.first_key, 0)
 
-    return found._replace(value=where_needed(operands.mask, block.bounds, tile, found.value, apply))
+    value = where_needed(operands.mask, block.bounds, tile, found.value, apply)
+    dense = operands.allowed_tile(operations, block.scratch.queries, slot, block.warpgroup)
+    return found._replace(value=hide(value, dense))

@@ -26,6 +26,11 @@ class MaskOperands(NamedTuple):
     query_ids: Any = None
     key_ids: Any = None
 
+    @property
+    def compares(self) -> bool:
+        """Whether there is anything to be looked at for single keys."""
+        return any(ref is not None for ref in self[1:])
+
 
 class Bounds(NamedTuple):
     """Tiles `first` to `end`, of which those from `first_full` to `end_full` need no mask."""
@@ -82,7 +87,7 @@ def where_needed(
     mask: MaskOperands, bounds: Bounds, tile: Index, value: Array, apply: Callable[[Array], Array]
 ) -> Array:
     """`apply(value)` in tiles in which not every query sees every key, elsewhere `value`."""
-    if mask.bounds is None:
+    if mask.bounds is None or not mask.compares:
         return value
     partial = (tile < bounds.first_full) | (tile >= bounds.end_full)
     return lax.cond(partial, apply, lambda unmasked: unmasked, value)

@@ -13,6 +13,7 @@ from ..ranges import ranges
 from ..terms import Terms
 from ..varying import vary, varying_axes
 from .attend import Inputs, Plan, attend
+from .dense_masks import allowed, split, within
 from .dropping import hashes
 from .operations import Interpreted, Warpgroup
 from .problem import Problem, Tiles
@@ -32,12 +33,16 @@ def padded_attention(
     q, k, v, terms = vary(given, varying_axes(given))
     queries, keys, width = q.shape[1], k.shape[1], v.shape[3]
     problem = _problem(q, k, v, terms, interpret)
-    seen = padded_ranges(ranges(terms.mask, queries, keys), keys, problem)
+    dense, rest = split(terms.mask)
+    seen = within(ranges(rest, queries, keys), allowed(dense, queries, keys))
+    seen = padded_ranges(seen, keys, problem)
+    shown = allowed(dense, problem.queries, problem.keys)
     lengths = (problem.queries, problem.keys, problem.keys)
     q, k, v = (_padded(x, length, problem.width) for x, length in zip((q, k, v), lengths))
     bias = None if terms.bias is None else terms.bias.extended(problem.queries, problem.keys)
-    inputs = Inputs(q, k, v, seen, bias, hashes(terms.dropout, problem))
-    out, lse = attend(problem, plan(problem.width, bias, deterministic), inputs)
+    inputs = Inputs(q, k, v, seen, bias, hashes(terms.dropout, problem), shown)
+    tiles = plan(problem.width, bias, deterministic, bool(dense), problem.rate > 0)
+    out, lse = attend(problem, tiles, inputs)
     out, lse = out[:, :queries, :, :width], lse[:, :, :queries]
     if terms.sinks is None:
         return out, lse
@@ -45,15 +50,19 @@ def padded_attention(
     return wide.astype(out.dtype), lse
 
 
-def plan(width: int, bias: Bias | None, deterministic: bool = True) -> Plan:
+def plan(
+    width: int, bias: Bias | None, deterministic: bool = True, dense: bool = False, dropped: bool = False
+) -> Plan:
     """Tile sizes, after what tokamax's autotuning found for its like kernels on an H100.
 
     tokamax (openxla/tokamax), tuning tables of its Mosaic GPU flash attention. Larger tiles than these spill
     registers, or with those of a bias exceed shared memory: docs/results/attention_hopper_compiled.md.
     """
-    narrow = width <= 64
-    forward = Tiles(64, 128 if bias is None else 64, 4 if narrow else 2)
-    backward = Tiles(64, 64, 3 if narrow or bias is None or isinstance(bias, ALiBi) else 2)
+    narrow, read = width <= 64, bias is not None and not isinstance(bias, ALiBi)
+    both = read and dense  # tiles of a bias and of a mask
+    forward = Tiles(64, 64 if bias is not None or dense else 128, 4 if narrow and not both else 2)
+    stages = 2 if both or (read and not narrow) else 3
+    backward = Tiles(64, 64, 1 if both and dropped and not narrow else stages)  # two lack 48 bytes
     return Plan(forward, backward, backward, Tiles(64, 64, 3 if narrow else 2), deterministic)
 
 

@@ -11,11 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import dropping
-from .bias_tiles import Operand, Slopes, buffers, tile_parts, tile_values
+from .bias_tiles import BiasTiles, Operand, Slopes, buffers, tile_parts, tile_values
 from .masking import Bounds, MaskOperands, read_bounds, read_visible, where_needed, with_key_ids
+from .operations import Ref, Warpgroup
 from .problem import CONSUMERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_COPY, Problem, Tiles, tiled
 from .ring import Index, Ring, copy_all
-from .scores import MASKED, Scores, Visible, mask_scores, scores
+from .scores import MASKED, Scores, Visible, hide, mask_scores, scores
 
 
 class Operands(NamedTuple):
@@ -27,20 +28,38 @@ class Operands(NamedTuple):
     mask: MaskOperands
     bias: Operand | None
     hashes: dropping.Hashes | None = None
+    allowed: BiasTiles | None = None  # a dense mask's zeros and ones
+
+    def parts(self, batch: Index, head: Index, block: Index, other: Index) -> tuple[list[Ref], ...]:
+        """What is copied for one tile to the last buffers of a ring: of the dense mask, of the bias."""
+        return tuple(
+            part for each in (self.allowed, self.bias) for part in tile_parts(each, batch, head, block, other)
+        )
+
+    def buffers(self, stages: int) -> tuple[Any, ...]:
+        """Shared memory for them."""
+        return (*buffers(self.allowed, stages), *buffers(self.bias, stages))
+
+    def allowed_tile(self, operations: Warpgroup, ring: Ring, slot: Index, warpgroup: Index) -> Array | None:
+        """A warpgroup's tile of the dense mask, from the ring, in registers."""
+        if self.allowed is None:
+            return None
+        buffer = ring.buffers[-2 if isinstance(self.bias, BiasTiles) else -1]
+        return operations.tile(buffer.at[slot, warpgroup]).astype(jnp.float32)
 
 
 class Rings(NamedTuple):
-    """Tiles of keys, with the keys' hashes and tiles of a bias, and tiles of values."""
+    """Tiles of keys, with the keys' hashes and tiles of dense mask and bias, and tiles of values."""
 
     keys: Ring
     values: Ring
 
     @classmethod
-    def scratch(cls, problem: Problem, tiles: Tiles, bias: Operand | None) -> Rings:
+    def scratch(cls, problem: Problem, tiles: Tiles, operands: Operands) -> Rings:
         """What a kernel asks for."""
         ring = tiled((tiles.stages, tiles.keys, problem.width), problem.dtype)
         hashes = dropping.buffers(problem.rate > 0, tiles.stages, tiles.keys)
-        with_keys = buffers(bias, tiles.stages)
+        with_keys = operands.buffers(tiles.stages)
         return cls(Ring.scratch(tiles.stages, [ring, *hashes], with_keys), Ring.scratch(tiles.stages, [ring]))
 
 
@@ -85,8 +104,8 @@ class QueryBlock(NamedTuple):
         index = (self.batch, pl.ds(tile * size, size), head)
         of_keys = None if self.operands.hashes is None else self.operands.hashes.keys
         hashes = dropping.sources(of_keys, (self.batch, self.head, pl.ds(tile * size, size)))
-        bias = tile_parts(self.operands.bias, self.batch, self.head, self.tile, tile)
-        return (self.operands.k.at[index], *hashes, *bias), (self.operands.v.at[index],)
+        parts = self.operands.parts(self.batch, self.head, self.tile, tile)
+        return (self.operands.k.at[index], *hashes, *parts), (self.operands.v.at[index],)
 
     @property
     def first_query(self) -> Array:
@@ -151,7 +170,9 @@ class QueryBlock(NamedTuple):
             seen = with_key_ids(operations, mask, visible, self.batch, pl.ds(first, size))
             return mask_scores(operations, value, seen, first, 1, hidden)
 
-        return found._replace(value=where_needed(mask, self.bounds, tile, found.value, apply))
+        value = where_needed(mask, self.bounds, tile, found.value, apply)
+        dense = self.operands.allowed_tile(operations, self.rings.keys, self.slot(tile), self.warpgroup)
+        return found._replace(value=hide(value, dense, hidden))
 
 
 def grid(problem: Problem, tiles: Tiles, name: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def query_gradient(
         tiled(rows, problem.dtype),
         tiled(rows, problem.dtype),
         plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
-        Rings.scratch(problem, tiles, operands.bias),
+        Rings.scratch(problem, tiles, operands),
     )
     dq = jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype)
     slopes = jax.ShapeDtypeStruct((problem.batch, problem.heads, problem.queries), jnp.float32)

@@ -68,6 +68,11 @@ def mask_scores(
     return jnp.where(functools.reduce(operator.and_, conditions), value, hidden)
 
 
+def hide(value: Array, tile: Array | None, hidden: float = MASKED) -> Array:
+    """`value` with `hidden` where the tile of a dense mask, of zeros and ones, is zero."""
+    return value if tile is None else jnp.where(tile > 0.5, value, hidden)
+
+
 def along(vector: Array, shape: tuple[int, ...], axis: int) -> Array:
     """A vector that runs along `axis`, repeated to a tile."""
     return lax.broadcast_in_dim(vector, shape, [axis])

@@ -12,6 +12,7 @@ from modicum.models.kernels import (
     Bias,
     Bucketed,
     Causal,
+    Dense,
     DenseBias,
     Dropout,
     Full,
@@ -135,6 +136,9 @@ def draw(*shape: int) -> np.ndarray:
 
 
 DROPOUT = Dropout(0.3, np.uint32(7), batch=1, head=2, query=5, key=9)
+ALLOWED = np.random.default_rng(5).random((2, 1, 128, 200)) < 0.5
+ALLOWED[0, :, 7] = ALLOWED[1, :, :, 60:] = False  # a row without keys, tiles without pairs
+SQUARE = np.random.default_rng(6).random((1, 2, 128, 128)) < 0.5
 MIXED = Segments(np.random.default_rng(3).integers(0, 3, (1, 128)).astype(np.int32))
 CASES = (
     Case("full", Full(), 128, 256, dtype=jnp.float16),
@@ -150,5 +154,16 @@ CASES = (
     Case("dropout", Causal(), 128, 200, batch=2, dropout=DROPOUT),
     Case("dropout, wide, soft cap", Causal(), 128, 128, width=128, heads=1, soft_cap=5.0, dropout=DROPOUT),
     Case("dropout, dense bias", Full(), 128, 128, bias=DenseBias(draw(1, 1, 128, 128)), dropout=DROPOUT),
+    Case("dense mask a batch row", Dense(ALLOWED) & Causal(60), 128, 200, batch=2, heads=1),
+    Case(
+        "dense mask a head, bias, soft cap, dropout",
+        Dense(SQUARE),
+        128,
+        128,
+        width=128,
+        soft_cap=5.0,
+        bias=DenseBias(draw(1, 1, 128, 128)),
+        dropout=DROPOUT,
+    ),
     Case("ALiBi", Causal(3), 128, 128, heads=1, width=128, bias=ALiBi(np.float32([0.1]), offset=3)),
 )

@@ -36,7 +36,8 @@ class Device:
     [
         ({"dtype": "float32"}, "bfloat16 or float16, not float32"),
         ({"width": 192}, "widths up to 128, not 192"),
-        ({"mask": Dense(np.ones((1, 1, 256, 256), bool))}, "Dense does not show each query one range"),
+        ({"mask": Dense(np.ones((1, 1, 1, 256), bool))}, "dense masks have a row for every query"),
+        ({"mask": ~Dense(np.ones((1, 1, 256, 256), bool))}, "Dense does not show each query one range"),
         ({"bias": DenseBias(np.ones((1, 4, 1, 256), np.float32))}, "a row for every query"),
         ({"bias": Bucketed(np.ones((8, 4), np.float32), offset=jnp.array(1))}, "known when compiling"),
     ],
@@ -49,6 +50,7 @@ def test_what_it_cannot_do_it_names(changes, reason):
     "changes",
     [
         {},
+        {"mask": Dense(np.ones((1, 4, 256, 256), bool)) & Causal()},
         {"mask": Full(), "soft_cap": True, "sinks": True, "width": 100, "value_width": 24},
         {"mask": Causal() & Segments(np.ones((2, 256), np.int32)), "dtype": "float16"},
         {"bias": DenseBias(np.ones((1, 4, 256, 256), np.float32))},
