@@ -116,7 +116,9 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     if len(slice_sizes(devices)) > 1:
         return Mesh(grid_over_slices(shape, devices), MESH_AXES, axis_types=types)
     sizes = tuple(getattr(shape, axis) for axis in MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    # `jax.make_mesh` refuses most shapes on a torus, such as 32 x 2 on 4x4x4, where this splits its axes.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def grid_over_slices(shape: MeshShape, devices: Sequence[Any]) -> np.ndarray:
@@ -130,7 +132,7 @@ def grid_over_slices(shape: MeshShape, devices: Sequence[Any]) -> np.ndarray:
         raise InputError(f"mesh {shape}: slices must have equally many devices; there are {found}")
     outer = shape.over_slices(len(counts))
     inner = [getattr(shape, axis) // part for axis, part in zip(MESH_AXES, outer)]
-    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices, allow_split_physical_axes=True)
 
 
 def slice_sizes(devices: Sequence[Any]) -> Counter[int]:
