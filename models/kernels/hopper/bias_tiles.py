@@ -63,7 +63,7 @@ class BiasTiles:
     columns: int
     lowest: int | None = None
 
-    def part(self, batch: Index, head: Index, block: Index, other: Index, first: int, size: int) -> Ref:
+    def part(self, batch: Index, head: Index, block: Index, other: Index, first: Index, size: int) -> Ref:
         """`size` rows from `first` on of the tile of a block and of a tile of the other side."""
         columns = (
             pl.ds(0, self.columns) if self.lowest is not None else pl.ds(other * self.columns, self.columns)
