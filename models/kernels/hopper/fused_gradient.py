@@ -16,7 +16,6 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..varying import vary, varying_axes
 from .key_gradient import KeyBlock, Totals, compute, gradient_of_scores, query_ring
 from .operations import Ref
 from .problem import CONSUMERS, Problem, Tiles, tiled
@@ -69,8 +68,7 @@ def fused_gradient(
     )
 
     def whole(operands: Operands, gradients: Gradients) -> tuple[Array, Array, Array]:
-        zeros = vary(jnp.zeros(operands.q.shape, jnp.float32), varying_axes(operands))
-        dq = jax.new_ref(zeros, memory_space=plgpu.GMEM)
+        dq = jax.new_ref(jnp.zeros(operands.q.shape, jnp.float32), memory_space=plgpu.GMEM)
         dk, dv = kernel(operands, gradients, dq)
         return dq[...].astype(operands.q.dtype), dk, dv
 
