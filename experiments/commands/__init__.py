@@ -35,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given == ["--version"]:
         print(f"modicum {__version__}")
         return 0
-    if arguments is None and given[:1] in (["train"], ["tune"]):  # this process is ours, and it trains
+    # Without arguments of a caller this process is ours. Help needs no jax.
+    helped = not {"-h", "--help"}.isdisjoint(given)
+    if (
+        arguments is None and given[:1] in (["train"], ["tune"]) and not helped
+    ):  # this process is ours, and it trains
         from .supervision import is_one_of_several, supervise
 
         if is_one_of_several(given):

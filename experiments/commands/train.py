@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainRun:
-    """What a training run is asked for: its identity is hashed from this.
+    """What a training run is asked for: its identity is hashed from this, but for what saves memory.
 
     Not where it runs: the mesh does not change the result, and a run may go on on another one.
     """
@@ -33,6 +33,16 @@ class TrainRun:
     tokenizer: str
     length: int
     holdout: float
+
+    def asked(self) -> TrainRun:
+        """The same without what changes memory alone: fewer devices may need `--remat` or `--offload`."""
+        training = replace(self.training, loss_chunk=None, offload=False)
+        return replace(self, model=replace(self.model, remat="none"), training=training)
+
+    def memory(self) -> dict[str, Any]:
+        """What `asked` leaves out, for the run's environment record."""
+        training = self.training
+        return {"remat": self.model.remat, "loss_chunk": training.loss_chunk, "offload": training.offload}
 
 
 @dataclass(frozen=True)
@@ -91,11 +101,11 @@ class Train:
         with main_first("opened"):
             run = Run.open(
                 self.out.parent,
-                question,
+                question.asked(),
                 seed=self.training.seed,
                 data_fingerprint=fingerprint,
                 name=self.out.name,
-                devices=describe_devices(layout),
+                devices=describe_devices(layout) | question.memory(),
                 write=is_main(),
             )
         if run.state == "finished":

@@ -37,6 +37,12 @@ def test_a_finished_run_is_left_as_it_is(modicum, data, trained, train_options, 
     assert contents_of(trained) == before
 
 
+def test_what_saves_memory_makes_no_other_run(modicum, refused, data, trained, train_options):
+    said = modicum("train", data, "--out", trained, *train_options, "--remat", "full", "--loss-chunk", 8)
+    assert said.out.startswith(f"{trained}: finished before, nothing to do"), said.error
+    refused("train", data, "--out", trained, *train_options, "--length", 8)
+
+
 def test_a_run_killed_before_its_result_ends_the_same(
     modicum, data, trained, copy_of_trained, train_options, contents_of
 ):
