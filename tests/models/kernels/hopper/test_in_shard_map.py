@@ -3,11 +3,12 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax import P
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from modicum.models.kernels import Causal, Paged, Segments, Terms
+from modicum.models.kernels import Causal, Dense, Dropout, Paged, Segments, Terms
 from modicum.models.kernels.hopper import Hopper
 from modicum.models.kernels.hopper.decoding import HopperPages
 from modicum.parallel import MeshShape, make_mesh
@@ -31,14 +32,17 @@ def test_values_and_gradients_vary_as_their_operands_do(deterministic):
     hopper = Hopper(interpret=INTERPRETED, deterministic=deterministic)
     q, k, ids = array(2, 128, 2, 64), array(2, 128, 1, 64), array(2, 128, dtype="int32")
 
-    def gradients(q, k, v, ids):
-        terms = Terms(Causal() & Segments(ids))
+    allowed = array(2, 1, 128, 128, dtype="bool")
+
+    def gradients(q, k, v, ids, allowed):
+        mask = Causal() & Segments(ids) & Dense(allowed)
+        terms = Terms(mask, dropout=Dropout(0.1, jnp.uint32(3), batch=jax.lax.axis_index("data")))
         found, pull = jax.vjp(functools.partial(hopper, terms=terms), q, k, v)
         varying = [jax.typeof(x).manual_axis_type.varying for x in found]
         assert varying == [{"data"}] * 2  # or the cotangents would be summed over devices
         return pull(found)
 
-    assert traced(gradients, q, k, k, ids, specs=P("data")) == (q, k, k)
+    assert traced(gradients, q, k, k, ids, allowed, specs=P("data")) == (q, k, k)
 
 
 def test_pages_too():
