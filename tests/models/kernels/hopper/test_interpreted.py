@@ -9,10 +9,10 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from modicum.models.kernels import Causal
+from modicum.models.kernels import Causal, Dense
 from modicum.models.kernels.hopper import Hopper
 
-from .cases import CASES, DROPOUT, Case, assert_within_twice_plain
+from .cases import CASES, DROPOUT, SQUARE, Case, assert_within_twice_plain
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "compiled_once")
 # some cases take long, and what they alone would show only a GPU does
@@ -33,9 +33,15 @@ def test_within_twice_the_error_of_plain_attention(case):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("reduce_adds")
-@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["", "dropout"])
-def test_one_kernel_for_all_gradients(dropout):
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("causal, groups, soft cap", Causal(), 128, 128, soft_cap=5.0),
+        Case("dense mask, dropout", Dense(SQUARE), 128, 128, dropout=DROPOUT),
+    ],
+    ids=lambda case: case.name,
+)
+def test_one_kernel_for_all_gradients(case):
     gpu_callbacks.reset_gpu_interpret_mode_state()
-    case = Case("causal, groups, soft cap", Causal(), 128, 128, soft_cap=5.0, dropout=dropout)
     assert_within_twice_plain(case, dataclasses.replace(INTERPRETED, deterministic=False))
     assert not gpu_callbacks.get_races().races_found
