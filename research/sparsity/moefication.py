@@ -96,6 +96,8 @@ def convert_layer(
     """The parameters of one converted layer, and what its choice keeps; `inputs [N, D]` are its own."""
     dense = layers.dense[path]
     count = expert_count(dense.count, wanted.neurons)
+    if len(inputs) < 2:
+        raise InputError(f"{path}: {len(inputs)} token to make experts from and to measure; give more")
     held_out = max(1, int(HELD_OUT * len(inputs)))
     seen, unseen = inputs[held_out:], inputs[:held_out]
     groups = wanted.partition.groups(dense, seen, count, wanted.seed)

@@ -213,6 +213,9 @@ def test_what_cannot_be_converted_is_named():
     model, params, _ = planted_model()
     with pytest.raises(InputError, match=r"48 neurons do not divide into experts of 32; e\.g\. .*24, 48"):
         moefy(model, params, token_batches(), Moefication(neurons=32))
+    alone = {"tokens": np.ones((1, 1), np.int32)}
+    with pytest.raises(InputError, match="1 token to make experts from"):
+        moefy(model, params, [alone], Moefication(0.5, SIZE))
     with pytest.raises(InputError, match=r"share=1\.5"):
         Moefication(1.5)
     once = moefy(model, params, token_batches(), Moefication(0.5, SIZE, selection=CentreSelection()))
