@@ -64,8 +64,8 @@ def at_rate(rate, seed=0):
 
 
 def test_one_step_is_compiled_for_all_rates_and_seeds(body, tmp_path, monkeypatch):
-    compiled, make = [], program_module._compiled
-    monkeypatch.setattr(program_module, "_compiled", lambda *each: compiled.append(1) or make(*each))
+    compiled, make = [], program_module._lowered
+    monkeypatch.setattr(program_module, "_lowered", lambda *each: compiled.append(1) or make(*each))
     tuner, dev = Tuner(Layout.single()), {}
     for rate, seed in ((0.01, 0), (0.1, 0), (0.1, 1)):
         config, task = at_rate(rate, seed), classifying(body, LORA, seed)
