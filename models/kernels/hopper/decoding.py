@@ -10,7 +10,6 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -18,6 +17,7 @@ from .... import InputError
 from ..biases import ALiBi
 from ..masks import Lengths, describe
 from ..merging import merge, merge_sinks
+from ..page_gradient import with_gathered_gradient
 from ..ranges import Ranges, no_ranges, ranges
 from ..request import PARTITIONED, Request
 from ..terms import Terms
@@ -70,29 +70,7 @@ class HopperPages:
             raise InputError(
                 f"impl='hopper' multiplies numbers of one type, not {found}; use impl='gathered'"
             )
-        given = (q, k, v, lengths, terms)
-        return _differentiable(self, *vary(given, varying_axes(given)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(
-    how: HopperPages, q: Array, k: Paged, v: Paged, lengths: Array, terms: Terms
-) -> tuple[Array, Array]:
-    return _attend(how, q, k, v, lengths, terms)
-
-
-def _forward(how: HopperPages, *given: Any) -> tuple[tuple[Array, Array], Any]:
-    return _attend(how, *given), given
-
-
-def _backward(how: HopperPages, given: Any, cotangents: tuple[Array, Array]) -> Any:
-    """Nobody trains on a cache in pages, but who differentiates gets what XLA's way gives."""
-    from ..paged import Gathered
-
-    return jax.vjp(Gathered(), *given)[1](cotangents)
-
-
-_differentiable.defvjp(_forward, _backward)
+        return with_gathered_gradient(functools.partial(_attend, self), q, k, v, lengths, terms)
 
 
 def _attend(

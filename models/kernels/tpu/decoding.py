@@ -16,10 +16,10 @@ from jax import Array
 from ..biases import ALiBi
 from ..masks import describe
 from ..merging import merge_sinks
+from ..page_gradient import with_gathered_gradient
 from ..ranges import no_ranges, ranges
 from ..request import PARTITIONED, Request
 from ..terms import Terms
-from ..varying import vary, varying_axes
 from .plan import LANES, SUBLANES, padded_length
 from .schedule import schedule
 
@@ -73,29 +73,7 @@ class Pages:
 
     def __call__(self, q: Array, k: Paged, v: Paged, lengths: Array, terms: Terms) -> tuple[Array, Array]:
         """Output `[B, T, H, V]` and log-sum-exp `[B, H, T]`."""
-        given = (q, k, v, lengths, terms)
-        return _differentiable(self, *vary(given, varying_axes(given)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(
-    how: Pages, q: Array, k: Paged, v: Paged, lengths: Array, terms: Terms
-) -> tuple[Array, Array]:
-    return _attend(how, q, k, v, lengths, terms)
-
-
-def _forward(how: Pages, *given: Any) -> tuple[tuple[Array, Array], Any]:
-    return _attend(how, *given), given
-
-
-def _backward(how: Pages, given: Any, cotangents: tuple[Array, Array]) -> Any:
-    """Nobody trains on a cache in pages, but who differentiates gets what XLA's way gives."""
-    from ..paged import Gathered
-
-    return jax.vjp(Gathered(), *given)[1](cotangents)
-
-
-_differentiable.defvjp(_forward, _backward)
+        return with_gathered_gradient(functools.partial(_attend, self), q, k, v, lengths, terms)
 
 
 def _attend(how: Pages, q: Array, k: Paged, v: Paged, lengths: Array, terms: Terms) -> tuple[Array, Array]:
