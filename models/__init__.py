@@ -1,9 +1,10 @@
 """What is computed: Transformers as pure functions over parameter trees.
 
 * `model` the protocol; `transformer` the three assemblies; `config` and `presets` what to assemble
-* `block`, `attention`, `mlp`, `norms`, `residuals`, `heads` the parts; `experts` a routed feed-forward layer
-  (`routing`, `dispatch`, `grouped`); `moefied` and `selection` feed-forward layers of which a token uses some
-  experts; `embedding` and `place` what the layers are given; `cache` keys and values of the tokens so far
+* `block`, `attention`, `mlp`, `norms`, `residuals`, `heads` the parts; `sparse_activations` for `mlp`;
+  `experts` a routed feed-forward layer (`routing`, `dispatch`, `grouped`); `moefied` and `selection`
+  feed-forward layers of which a token uses some experts; `embedding` and `place` what the layers are given;
+  `cache` keys and values of the tokens so far
 * `positions`, `rotary`; `relations`, `rotary2d` and `extended` are CPM's and ChatGLM's
 * `kernels` the attention function behind one front
 * `hooks` reading and editing activations; `axes` logical axis names; `stacking` scanned layers
@@ -30,6 +31,7 @@ from .residuals import NormedResidual, PostNorm, PreNorm
 from .rotary import DynamicScaling, LinearScaling, Llama3Scaling, RotaryScaling, YarnScaling
 from .rotary2d import Rotary2D
 from .selection import CentreSelection, LowRankSelection, MLPSelection, OracleSelection
+from .sparse_activations import FATReLU, StatisticalTopK, TopK
 from .stacking import stack_layers, unstack_layers
 from .transformer import Transformer
 
@@ -49,6 +51,7 @@ __all__ = [
     "DynamicScaling",
     "ExtendedHead",
     "ExtraWords",
+    "FATReLU",
     "GatedMLP",
     "GroupedQuery",
     "Hook",
@@ -81,6 +84,8 @@ __all__ = [
     "SegmentPositions",
     "SegmentRelations",
     "Sinusoidal",
+    "StatisticalTopK",
+    "TopK",
     "Transformer",
     "TransformerConfig",
     "TreePositions",

@@ -1,4 +1,4 @@
-"""Feed-forward layers: plain and gated, with any activation.
+"""Feed-forward layers: plain and gated, with any activation, by name or one of `sparse_activations`.
 
 The hook `act` sees what the activation function returns, `[B, T, F]`: these are the neurons that
 activation sparsity and skill neurons are about.
@@ -20,6 +20,7 @@ from jax import lax
 from .. import InputError
 from .hooks import Hook
 from .precision import promote_statistics
+from .sparse_activations import FATReLU, StatisticalTopK, TopK
 
 if TYPE_CHECKING:
     from .config import TransformerConfig
@@ -52,19 +53,30 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+Activation = str | FATReLU | TopK | StatisticalTopK
+
+DRELU = "drelu"  # of both products of a gated layer (Song et al., "Turbo Sparse", 2024)
+
+
 def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
     """The elementwise function called `name`; raises `InputError` listing the valid names."""
+    if name == DRELU:
+        raise InputError(f"activation 'drelu' is for the two products of a GatedMLP; valid here: {_valid()}")
     if name not in ACTIVATIONS:
-        raise InputError(f"activation {name!r} is unknown; valid: {', '.join(ACTIVATIONS)}")
+        raise InputError(f"activation {name!r} is unknown; valid: {_valid()}")
     return ACTIVATIONS[name]
 
 
-def activate(name: str, x: jax.Array) -> jax.Array:
-    """The elementwise function called `name`, of `x`; the backward pass computes it again from `x` alone.
+def activate(activation: Activation, x: jax.Array) -> jax.Array:
+    """The function called so, of `x [..., F]`; the backward pass computes it again from `x` alone.
 
-    Otherwise parts of it, as large as `x` and the widest arrays of a layer, would be kept until then.
+    Otherwise parts of it, as large as `x` and the widest arrays of a layer, would be kept until then. Exact
+    top-k, whose sorting costs more than the mask that it keeps, is not computed again.
     """
-    return jax.checkpoint(activation_function(name))(x)
+    if isinstance(activation, TopK):
+        return activation(x)
+    function = activation_function(activation) if isinstance(activation, str) else activation
+    return jax.checkpoint(function)(x)
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class MLP:
     """`down(activation(up(x)))` with `width` F neurons (0: four times the model width)."""
 
     width: int = 0
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     bias: bool = True
 
     def __post_init__(self) -> None:
@@ -87,23 +99,29 @@ class MLP:
 class GatedMLP:
     """`down(activation(gate(x)) * up(x))` (Shazeer, "GLU Variants Improve Transformer", 2020).
 
-    `activation="sigmoid"` is GLU, `"gelu"` GeGLU, `"silu"` SwiGLU, `"relu"` ReGLU.
+    `activation="sigmoid"` is GLU, `"gelu"` GeGLU, `"silu"` SwiGLU, `"relu"` ReGLU; `"drelu"` is ReLU on both
+    products (Song et al., "Turbo Sparse", 2024), whose neurons are active where the hook `mid` is not 0.
     """
 
     width: int = 0
-    activation: str = "silu"
+    activation: Activation = "silu"
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _check(self.width, self.activation)
+        _check(self.width, "relu" if self.activation == DRELU else self.activation)
 
     def build(self, config: TransformerConfig) -> nn.Module:
         """The module `mlp`, with children `gate`, `up` and `down`."""
         return GatedMLPModule(config, self, name="mlp")
 
 
-def _check(width: int, activation: str) -> None:
-    activation_function(activation)
+def _valid() -> str:
+    return ", ".join(ACTIVATIONS)
+
+
+def _check(width: int, activation: Activation) -> None:
+    if isinstance(activation, str):
+        activation_function(activation)
     if width < 0:
         raise InputError(f"mlp width={width} must be at least 0 (0: four times the model width)")
 
@@ -134,6 +152,8 @@ class GatedMLPModule(nn.Module):
         config, bias = self.config, self.choice.bias
         width = self.choice.width or 4 * config.width
         gate = config.linear(width, bias, name="gate")(x)
-        gate = Hook(name="act")(activate(self.choice.activation, gate))
-        hidden = Hook(name="mid")(gate * config.linear(width, bias, name="up")(x))
+        both = self.choice.activation == DRELU
+        gate = Hook(name="act")(activate("relu" if both else self.choice.activation, gate))
+        up = config.linear(width, bias, name="up")(x)
+        hidden = Hook(name="mid")(gate * (activate("relu", up) if both else up))
         return config.linear(config.width, bias, name="down", residual=True)(hidden)

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from ... import InputError
 from ...models.config import TransformerConfig
 from ...models.kernels.sparse import Experts
-from ...models.mlp import MLP, GatedMLP
+from ...models.mlp import DRELU, MLP, GatedMLP
 from ...models.model import Params
 from ...models.stacking import unstack_layers
 from ...models.transformer import Transformer
@@ -74,6 +74,16 @@ def regrouped(dense: Experts, groups: np.ndarray) -> Experts:
         raise InputError(f"groups {list(groups.shape)} do not have each of {width} neurons once")
     moved = jax.tree.map(lambda leaf: leaf[:, 0][groups], dense.without_output_bias())
     return replace(moved, down_bias=dense.down_bias)
+
+
+def elementwise(choice: MLP | GatedMLP) -> str:
+    """The name of the layer's activation function; raises `InputError` for those that experts cannot have."""
+    found = choice.activation
+    if not isinstance(found, str) or found == DRELU:
+        raise InputError(
+            f"mlp activation {found!r} cannot be cut into experts; a named function of one product can"
+        )
+    return found
 
 
 def input_weights(dense: Experts) -> np.ndarray:
@@ -155,5 +165,5 @@ def _dense(config: TransformerConfig, path: str, params: Params) -> Experts:
         up_bias=bias("up"),
         gate_bias=bias("gate") if gated else None,
         down_bias=jnp.asarray(params["down"]["bias"]) if choice.bias else None,
-        activation=choice.activation,
+        activation=elementwise(choice),
     )

@@ -21,7 +21,7 @@ from ...models.model import Params
 from ...models.moefied import MoefiedMLP
 from ...models.selection import MLPSelection, Selection
 from ...models.transformer import Transformer
-from .feed_forward import Layers, capture_inputs, regrouped
+from .feed_forward import Layers, capture_inputs, elementwise, regrouped
 from .partitions import Clusters, Partition, centres, expert_count
 from .quality import Captured, captured
 from .routing import Fitting, fit_selection
@@ -125,7 +125,7 @@ def moefied_config(config: TransformerConfig, wanted: Moefication) -> Transforme
             width,
             experts,
             wanted.chosen(experts),
-            choice.activation,
+            elementwise(choice),
             choice.bias,
             isinstance(choice, GatedMLP),
             wanted.selection,
