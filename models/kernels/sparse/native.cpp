@@ -7,6 +7,11 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+static int most_threads() { return omp_get_max_threads(); }
+static int thread() { return omp_get_thread_num(); }
+#else
+static int most_threads() { return 1; }
+static int thread() { return 0; }
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -54,12 +59,13 @@ static ffi::Error SparseFeedForward(Floats x, Floats up, Floats gate, Floats up_
   for (int64_t e = 0; e < experts; ++e)
     if (!users[e].empty()) used.push_back(static_cast<int32_t>(e));
 
-  float* total = out->typed_data();
-  std::memset(total, 0, sizeof(float) * tokens * width);
+  // Each thread has its own experts and its own sums, which are added in order: the same bits every time.
+  std::vector<std::vector<float>> sums(most_threads());
 #pragma omp parallel
   {
-    std::vector<float> own(tokens * width, 0.0f);
-#pragma omp for schedule(dynamic, 1) nowait
+    std::vector<float>& own = sums[thread()];
+    own.assign(tokens * width, 0.0f);
+#pragma omp for schedule(static)
     for (int64_t u = 0; u < static_cast<int64_t>(used.size()); ++u) {
       const int64_t e = used[u];
       for (int64_t n = e * size; n < (e + 1) * size; ++n)
@@ -79,9 +85,11 @@ static ffi::Error SparseFeedForward(Floats x, Floats up, Floats gate, Floats up_
           for (int64_t i = 0; i < width; ++i) sum[i] += value * back[i];
         }
     }
-#pragma omp critical
-    for (int64_t i = 0; i < tokens * width; ++i) total[i] += own[i];
   }
+  float* total = out->typed_data();
+  std::memset(total, 0, sizeof(float) * tokens * width);
+  for (const auto& own : sums)
+    for (size_t i = 0; i < own.size(); ++i) total[i] += own[i];
   return ffi::Error::Success();
 }
 

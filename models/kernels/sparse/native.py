@@ -42,7 +42,7 @@ MOST_TOKENS = 16
 class Native:
     """Reads each chosen expert once, for all tokens that chose it, and skips the rows of silent neurons.
 
-    Experts are shared out among threads as these become free: from call to call sums may differ by rounding.
+    Each thread has a fixed part of the experts, and their sums are added in order: the same bits every time.
     """
 
     name: str = "native"
@@ -65,6 +65,8 @@ class Native:
             return PARTITIONED
         if not library().exists():
             return "it is not compiled yet: impl='native' does so"
+        if reason := _not_loaded():
+            return reason
         if request.tokens > MOST_TOKENS:
             return f"{request.tokens} tokens are more than {MOST_TOKENS}"
         return None
@@ -123,6 +125,15 @@ def register() -> None:
     except OSError as error:
         raise InputError(f"impl='native': {path} cannot be loaded ({error}); delete it") from None
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+
+
+def _not_loaded() -> str | None:
+    """Why a library that is there cannot be used, or None."""
+    try:
+        register()
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _compile(path: Path) -> None:

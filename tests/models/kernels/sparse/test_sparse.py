@@ -9,6 +9,7 @@ from modicum import InputError
 from modicum.models.kernels.sparse import (
     Experts,
     implementations,
+    native,
     sparse_feed_forward,
     sparse_request,
 )
@@ -139,6 +140,16 @@ def test_native_activations_are_ours(activation):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_native_gives_the_same_bits_every_time():
+    draw = np.random.default_rng(2)
+    up, down = draw.normal(size=(2, 64, 8, 256)).astype(np.float32)
+    x = draw.normal(size=(4, 256)).astype(np.float32)
+    chosen = np.stack([draw.permutation(64)[:40] for _ in range(4)]).astype(np.int32)
+    found = {sparse_feed_forward(x, Experts(up, down), chosen, impl="native").tobytes() for _ in range(50)}
+    assert len(found) == 1
+
+
 @pytest.fixture
 def uncompiled(monkeypatch, tmp_path):
     """A machine on which nothing was compiled yet."""
@@ -164,11 +175,15 @@ def asked(**changes):
     return SparseRequest(**{**given, "dtype": "float32", "gated": False, "activation": "relu", **changes})
 
 
-def test_few_tokens_gather_and_many_are_masked(uncompiled):
+def test_few_tokens_gather_and_many_are_masked(uncompiled, monkeypatch):
     assert chosen_for() == "gather"
     assert chosen_for(tokens=512) == chosen_for(chosen=64) == "mask"
     library().parent.mkdir(parents=True)
     library().touch()  # as if it had been compiled
+    monkeypatch.setattr(native, "register", register.__wrapped__)
+    assert "cannot be loaded" in Native().unfit(asked())
+    assert chosen_for() == "gather"
+    monkeypatch.setattr(native, "register", lambda: None)
     assert chosen_for() == chosen_for(chosen=64) == "native"
     assert chosen_for(tokens=512) == chosen_for(partitioned=True, chosen=64) == "mask"
     assert choose(asked(tokens=512), "gather").name == "gather"
