@@ -1,17 +1,26 @@
 """Activation sparsity: measuring which neurons fire, and computing only those that are expected to.
 
-Rooms: `statistics` (counts per layer and neuron, streamed), `mass` (how activation mass is spread), `layers`
-(values of scanned layers one by one), `storage` (statistics in a file), `thresholds` (training-free).
+Rooms: `statistics` (counts per layer, neuron and pair, streamed), `coactivation` (what pairs say), `mass`
+(how activation mass is spread), `layers` (values of scanned layers one by one), `storage` (statistics in a
+file), `thresholds` (training-free).
 Conversion to experts: `moefication` joins `feed_forward` (layers taken out of a model, and what they read),
 `partitions` (constructions, by `balanced` k-means or `graph` partition), `routing` (routers) and `quality`
-(what a choice keeps).
+(what a choice keeps). `relufication` changes the activation function and trains on.
 """
 
+from .coactivation import coactivation_rows, correlation
 from .mass import LayerMass, mass_rows, measure_mass
 from .moefication import Moefication, Moefied, moefy
 from .partitions import Clusters, CoActivation, Contiguous, Shuffled
 from .routing import Fitting
-from .statistics import ActivationStatistics, LayerStatistics, measure, real_tokens, transformer_inputs
+from .statistics import (
+    ActivationStatistics,
+    Counter,
+    LayerStatistics,
+    measure,
+    real_tokens,
+    transformer_inputs,
+)
 from .storage import load_statistics, save_statistics
 from .thresholds import Thresholds, find_thresholds
 
@@ -20,6 +29,7 @@ __all__ = [
     "Clusters",
     "CoActivation",
     "Contiguous",
+    "Counter",
     "Fitting",
     "LayerMass",
     "LayerStatistics",
@@ -27,6 +37,8 @@ __all__ = [
     "Moefied",
     "Shuffled",
     "Thresholds",
+    "coactivation_rows",
+    "correlation",
     "find_thresholds",
     "load_statistics",
     "mass_rows",

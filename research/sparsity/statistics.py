@@ -3,7 +3,8 @@
 For every layer: how often each neuron is active (its activation exceeds a threshold, 0 as in Zhang et al.,
 "MoEfication", 2022, and Li et al., "The Lazy Neuron Phenomenon", 2023) over the tokens that are not
 padding, and how many tokens have 0, 1, ..., F active neurons, from which the cumulative distribution of
-the active ratio follows exactly. Activations `[B, T, F]` are reduced inside the compiled program and never
+the active ratio follows exactly; where asked for, on how many tokens each two neurons are active together.
+Activations `[B, T, F]` are reduced inside the compiled program and never
 kept; counts are added up on the host in 64 bits.
 """
 
@@ -37,7 +38,8 @@ class LayerStatistics:
 
     `active [F]` counts the tokens on which a neuron was active, `histogram [F + 1]` the tokens that had
     0, 1, ..., F active neurons, `nonzero` the activations that were not exactly zero, `total [F]` is the
-    sum of activations.
+    sum of activations. `together [F, F]` counts the tokens on which two neurons were both active, where that
+    was asked for.
     """
 
     name: str
@@ -46,6 +48,7 @@ class LayerStatistics:
     nonzero: int
     total: np.ndarray
     histogram: np.ndarray
+    together: np.ndarray | None = None
 
     @property
     def width(self) -> int:
@@ -103,6 +106,8 @@ class LayerStatistics:
 
     def merge(self, other: LayerStatistics) -> LayerStatistics:
         """The statistics over both sets of tokens."""
+        if (self.together is None) != (other.together is None):
+            raise InputError(f"statistics of {self.name} with and without co-activation do not add")
         if (self.name, self.width) != (other.name, other.width):
             raise InputError(
                 f"statistics of {self.name} with {self.width} neurons and of {other.name} with {other.width} "
@@ -115,15 +120,20 @@ class LayerStatistics:
             self.nonzero + other.nonzero,
             self.total + other.total,
             self.histogram + other.histogram,
+            None if self.together is None or other.together is None else self.together + other.together,
         )
 
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """The statistics of several layers, by name and number."""
+    """The statistics of several layers, by name and number.
+
+    A neuron is active where its activation, with `sizes` the size of it, is above `threshold`.
+    """
 
     layers: tuple[LayerStatistics, ...]
     threshold: float = 0.0
+    sizes: bool = False
 
     def __getitem__(self, name: str) -> LayerStatistics:
         """The layer called `name`, such as `layers_3/mlp/act`."""
@@ -168,7 +178,9 @@ class ActivationStatistics:
         return np.sum(counts, axis=0) / sum(layer.tokens for layer in self.layers)
 
     def merge(self, other: ActivationStatistics) -> ActivationStatistics:
-        """The statistics over both sets of tokens; the layers and thresholds must be the same."""
+        """The statistics over both sets of tokens; both must have counted the same."""
+        if self.sizes != other.sizes:
+            raise InputError("statistics of activations and of their sizes do not add")
         if self.threshold != other.threshold or len(self.layers) != len(other.layers):
             raise InputError(
                 f"statistics of {len(self.layers)} layers at threshold {self.threshold} and of "
@@ -197,6 +209,62 @@ class ActivationStatistics:
         return float(np.average(ratios, weights=[layer.width * layer.tokens for layer in self.layers]))
 
 
+@dataclass(frozen=True)
+class Counter:
+    """What is counted; called, it counts a batch in a compiled program. See `measure` for the fields."""
+
+    model: Model | nn.Module
+    names: tuple[str, ...] = ("mlp/act",)
+    threshold: float = 0.0
+    sizes: bool = False
+    together: bool = False
+    inputs: Inputs | None = None
+    real: Real | None = None
+
+    @cached_property
+    def count(self) -> Callable[[Mapping[str, Any], Batch], dict[str, dict[str, jax.Array]]]:
+        """The program, one for each shape of batches, whatever the parameters."""
+
+        @jax.jit
+        def count(params: Mapping[str, Any], batch: Batch) -> dict[str, dict[str, jax.Array]]:
+            def reduce(path: str, value: jax.Array) -> dict[str, jax.Array]:
+                return self._reduced(value, (self.real or real_tokens)(batch, path))
+
+            args, kwargs = (self.inputs or transformer_inputs)(batch)
+            return run_with_cache(self.model, params, *args, names=self.names, reduce=reduce, **kwargs)[1]
+
+        return count
+
+    def measure(self, params: Mapping[str, Any], batches: Iterable[Batch]) -> ActivationStatistics:
+        """The statistics over all of `batches`, as `measure` returns them."""
+        total: ActivationStatistics | None = None
+        for batch in batches:
+            layers = _layers(jax.device_get(self.count(params, dict(batch))))
+            seen = ActivationStatistics(layers, self.threshold, self.sizes)
+            total = seen if total is None else total.merge(seen)
+        if total is None:
+            raise InputError("no batches to measure activations on")
+        for layer in total.layers:
+            _require_counted(layer)
+        return total
+
+    def _reduced(self, value: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
+        """What is kept of activations `[..., F]`; sums are per neuron, so that 32 bits hold a batch's."""
+        width = value.shape[-1]
+        real = jnp.broadcast_to(real, value.shape[:-1]).reshape(-1)
+        value = value.reshape(-1, width).astype(jnp.float32)
+        active = ((jnp.abs(value) if self.sizes else value) > self.threshold) & real[:, None]
+        per_token = jnp.where(real, active.sum(-1), width + 1)  # one bin too far: dropped
+        found = {
+            "tokens": real.sum(dtype=jnp.int32),
+            "active": active.sum(0, dtype=jnp.int32),
+            "nonzero": ((value != 0) & real[:, None]).sum(0, dtype=jnp.int32),
+            "total": jnp.where(real[:, None], value, 0.0).sum(0),
+            "histogram": jnp.zeros(width + 1, jnp.int32).at[per_token].add(1, mode="drop"),
+        }
+        return found | ({"together": _together(active)} if self.together else {})
+
+
 def measure(
     model: Model | nn.Module,
     params: Mapping[str, Any],
@@ -204,43 +272,42 @@ def measure(
     *,
     names: str | Sequence[str] = "mlp/act",
     threshold: float = 0.0,
+    sizes: bool = False,
+    together: bool = False,
     inputs: Inputs | None = None,
     real: Real | None = None,
 ) -> ActivationStatistics:
     """Activation statistics of the sites that `names` match (see `models.hooks`), over all of `batches`.
 
-    `inputs(batch)` gives the model's arguments; by default `tokens` and, where the batch has them,
-    `segments`, `positions`, `decoder_tokens` and `decoder_segments`. `real(batch, path)` says which
+    A neuron is active where its activation is above `threshold`; with `sizes` where its absolute value is, as
+    for activation functions and products that are negative too. `together` counts pairs of neurons as well,
+    `[F, F]` a layer. `inputs(batch)` gives the model's arguments; by default `tokens` and, where the batch
+    has them, `segments`, `positions`, `decoder_tokens` and `decoder_segments`. `real(batch, path)` says which
     tokens count, broadcast to a site's leading axes; by default those with a segment number above 0, in
-    rows whose `weight` is not 0. Batches of one shape share one compiled program.
+    rows whose `weight` is not 0. Batches of one shape share one compiled program; parameters and batches may
+    lie on a mesh. To measure several parameter trees of a model keep a `Counter`.
 
     Raises `InputError` for names that match nothing, for no batches, no real tokens, and for activations
     that are not finite.
     """
-    patterns = [names] if isinstance(names, str) else list(names)
+    patterns = (names,) if isinstance(names, str) else tuple(names)
+    counter = Counter(model, patterns, threshold, sizes, together, inputs, real)
+    return counter.measure(params, batches)
 
-    @jax.jit
-    def count(params: Mapping[str, Any], batch: Batch) -> dict[str, dict[str, jax.Array]]:
-        def reduce(path: str, value: jax.Array) -> dict[str, jax.Array]:
-            return _counts(value, (real or real_tokens)(batch, path), threshold)
 
-        args, kwargs = (inputs or transformer_inputs)(batch)
-        return run_with_cache(model, params, *args, names=patterns, reduce=reduce, **kwargs)[1]
+def _require_counted(layer: LayerStatistics) -> None:
+    if layer.tokens == 0:
+        raise InputError(f"{layer.name}: no token of any batch counts; are all segments 0 (padding)?")
+    if not np.isfinite(layer.total).all():
+        raise InputError(
+            f"{layer.name}: activations are not finite in {(~np.isfinite(layer.total)).sum()} neurons"
+        )
 
-    total: ActivationStatistics | None = None
-    for batch in batches:
-        seen = ActivationStatistics(_layers(jax.device_get(count(params, dict(batch)))), threshold)
-        total = seen if total is None else total.merge(seen)
-    if total is None:
-        raise InputError("no batches to measure activations on")
-    for layer in total.layers:
-        if layer.tokens == 0:
-            raise InputError(f"{layer.name}: no token of any batch counts; are all segments 0 (padding)?")
-        if not np.isfinite(layer.total).all():
-            raise InputError(
-                f"{layer.name}: activations are not finite in {(~np.isfinite(layer.total)).sum()} neurons"
-            )
-    return total
+
+def _together(active: jax.Array) -> jax.Array:
+    """`[F, F]`: on how many tokens two neurons are both active; float32 is exact up to 2²⁴ tokens a batch."""
+    ones = active.astype(jnp.float32)
+    return jnp.matmul(ones.T, ones, precision="highest").astype(jnp.int32)
 
 
 def transformer_inputs(batch: Batch) -> tuple[tuple, dict[str, Any]]:
@@ -258,22 +325,6 @@ def real_tokens(batch: Batch, path: str) -> jax.Array:
     return found & (batch["weight"] > 0)[:, None] if "weight" in batch else found
 
 
-def _counts(value: jax.Array, real: jax.Array, threshold: float) -> dict[str, jax.Array]:
-    """What is kept of activations `[..., F]`; sums are per neuron, so that 32 bits hold a batch's."""
-    width = value.shape[-1]
-    real = jnp.broadcast_to(real, value.shape[:-1]).reshape(-1)
-    value = value.reshape(-1, width).astype(jnp.float32)
-    active = (value > threshold) & real[:, None]
-    per_token = jnp.where(real, active.sum(-1), width + 1)  # one bin too far: dropped
-    return {
-        "tokens": real.sum(dtype=jnp.int32),
-        "active": active.sum(0, dtype=jnp.int32),
-        "nonzero": ((value != 0) & real[:, None]).sum(0, dtype=jnp.int32),
-        "total": jnp.where(real[:, None], value, 0.0).sum(0),
-        "histogram": jnp.zeros(width + 1, jnp.int32).at[per_token].add(1, mode="drop"),
-    }
-
-
 def _layers(counts: dict[str, dict[str, np.ndarray]]) -> tuple[LayerStatistics, ...]:
     return tuple(
         LayerStatistics(
@@ -283,6 +334,7 @@ def _layers(counts: dict[str, dict[str, np.ndarray]]) -> tuple[LayerStatistics, 
             int(one["nonzero"].sum(dtype=np.int64)),
             one["total"].astype(np.float64),
             one["histogram"].astype(np.int64),
+            one["together"].astype(np.int64) if "together" in one else None,
         )
         for name, one in unstacked(counts)
     )

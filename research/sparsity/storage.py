@@ -23,8 +23,11 @@ def save_statistics(path: str | Path, statistics: ActivationStatistics) -> Path:
         tensors[f"{index}/active"] = np.ascontiguousarray(layer.active)
         tensors[f"{index}/total"] = np.ascontiguousarray(layer.total)
         tensors[f"{index}/histogram"] = np.ascontiguousarray(layer.histogram)
+        if layer.together is not None:
+            tensors[f"{index}/together"] = np.ascontiguousarray(layer.together)
         tensors[f"{index}/counts"] = np.array([layer.tokens, layer.nonzero], np.int64)
     header = {"names": [layer.name for layer in statistics.layers], "threshold": statistics.threshold}
+    header["sizes"] = statistics.sizes
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with open(part, "wb") as file:
@@ -53,5 +56,6 @@ def load_statistics(path: str | Path) -> ActivationStatistics:
         tokens, nonzero = (int(count) for count in tensors[f"{index}/counts"])
         arrays = (tensors[f"{index}/{key}"] for key in ("active", "total", "histogram"))
         active, total, histogram = arrays
-        layers.append(LayerStatistics(name, tokens, active, nonzero, total, histogram))
-    return ActivationStatistics(tuple(layers), header["threshold"])
+        together = tensors.get(f"{index}/together")
+        layers.append(LayerStatistics(name, tokens, active, nonzero, total, histogram, together))
+    return ActivationStatistics(tuple(layers), header["threshold"], header.get("sizes", False))
