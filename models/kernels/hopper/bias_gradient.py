@@ -229,7 +229,7 @@ def _step(block: _Block, bias: Array, use: _Use, number: Array, total: Array) ->
 
     response, d_weights = operations.two_products((queries, keys), (d_out, values), respond)
     d_scores = score_gradient(block.problem, response, d_weights, operations.row_values(delta), 0)
-    ring.release(slot)
+    ring.release(slot, read=True)
     return total + d_scores
 
 

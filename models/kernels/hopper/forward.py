@@ -108,7 +108,7 @@ def _step(block: QueryBlock, turn: Ref, queries: Ref, rows: _Rows, tile: Array, 
     products = operations.product(queries, keys.buffers[0].at[slot], meanwhile=lambda: _take_turns(turn))
     value, factor = block.scores(rows.visible, tile, products, hidden=-jnp.inf)
     keep = block.keep(rows.hashes, tile)
-    keys.release(slot)
+    block.rings.release_keys(slot)
     # a row of a tile may be minus infinity
     no_key = block.operands.mask.bounds is not None or isinstance(block.operands.bias, BiasTiles)
     total, top, weights, low = softmax(sums, value, factor, no_key)

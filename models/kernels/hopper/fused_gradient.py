@@ -95,7 +95,7 @@ def _step(dq: Ref, block: KeyBlock, held: tuple[Ref, Ref], number: Array, totals
     ring.wait(slot)
     d_scores, d_values = gradient_of_scores(block, held, slot, place, d_values)
     d_keys = operations.add_product(d_keys, d_scores, ring.buffers[0].at[slot])
-    ring.release(slot)
+    ring.release(slot, read=True)
     _add_to_queries(block, dq, held[0], place, d_scores)
     return d_keys, d_values
 

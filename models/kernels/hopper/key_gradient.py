@@ -183,7 +183,7 @@ def _step(block: KeyBlock, held: tuple[Ref, Ref], number: Array, totals: Totals)
     ring.wait(slot)
     compute = _one_by_one if block.problem.width > 64 else _two_at_once
     totals = compute(block, held, slot, block.place(number), totals)
-    ring.release(slot)
+    ring.release(slot, read=True)
     return totals
 
 

@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .compat import load
 
 Ref = Any  # references into GPU memory have no public type
+TENSOR_CORES = "tensor_cores"  # what reads that wgmma does are called where they are interpreted
 
 
 def nothing() -> None:
@@ -157,17 +158,17 @@ class Interpreted(Warpgroup):
 
     def product(self, a: Ref, b: Ref, meanwhile: Callable[[], None] = nothing) -> Array:
         """In plain arithmetic, then what is done meanwhile."""
-        value = _dot(a[...], b[...].T)
+        value = _dot(_read(a), _read(b).T)
         meanwhile()
         return value
 
     def product_of_transposed(self, a: Ref, b: Ref) -> Array:
         """In plain arithmetic."""
-        return _dot(a[...].T, b[...])
+        return _dot(_read(a).T, _read(b))
 
     def add_product(self, total: Array, a: Array, b: Ref, meanwhile: Callable[[], None] = nothing) -> Array:
         """In plain arithmetic, then what is done meanwhile."""
-        value = total + _dot(a, b[...])
+        value = total + _dot(a, _read(b))
         meanwhile()
         return value
 
@@ -187,6 +188,12 @@ class Interpreted(Warpgroup):
         """One after the other."""
         one, two = (self.add_product(total, *pair) for total, pair in zip(totals, factors))
         return one, two
+
+
+def _read(ref: Ref) -> Array:
+    """An operand in shared memory, by a name that tells its read from that of a thread (`TENSOR_CORES`)."""
+    with jax.named_scope(TENSOR_CORES):
+        return ref[...]
 
 
 def _dot(a: Array, b: Array) -> Array:

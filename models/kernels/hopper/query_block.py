@@ -62,6 +62,10 @@ class Rings(NamedTuple):
         with_keys = operands.buffers(tiles.stages)
         return cls(Ring.scratch(tiles.stages, [ring, *hashes], with_keys), Ring.scratch(tiles.stages, [ring]))
 
+    def release_keys(self, slot: Index) -> None:
+        """This warpgroup needs a tile of keys no more, nor what came with it, which threads read."""
+        self.keys.release(slot, read=len(self.keys.buffers) > 1)
+
 
 class QueryBlock(NamedTuple):
     """One block: which queries it holds and which tiles of keys it goes over."""

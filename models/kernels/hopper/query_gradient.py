@@ -129,7 +129,7 @@ def _step(
     block.rings.values.release(slot)
     d_scores = score_gradient(block.problem, response, d_weights, row.delta, 0)
     total = operations.add_product(total, d_scores.astype(block.problem.dtype), keys)
-    block.rings.keys.release(slot)
+    block.rings.release_keys(slot)
     if of_slope is not None:  # computed again: behind the barrier the compiler does not know it from before
         distance = block.distance(lax.optimization_barrier(tile))
         assert distance is not None

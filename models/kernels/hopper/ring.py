@@ -56,8 +56,15 @@ class Ring(NamedTuple):
         """Until the copies into this stage have ended."""
         plgpu.barrier_wait(self.ready.at[slot])
 
-    def release(self, slot: Index) -> None:
-        """This warpgroup needs the stage no more."""
+    def release(self, slot: Index, read: bool = False) -> None:
+        """This warpgroup needs the stage no more; `read` says that threads read of it themselves.
+
+        To the GPU the copy engine and the tensor cores are another party than threads ("async proxy", PTX
+        ISA, memory consistency model): that threads have arrived orders what wgmma has read before the next
+        copy, and what they have read themselves only behind a fence. Without it a copy may overtake a read.
+        """
+        if read:
+            plgpu.commit_smem()
         plgpu.barrier_arrive(self.consumed.at[slot])
 
     def slot(self, step: Index) -> Array:
