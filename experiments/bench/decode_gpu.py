@@ -108,6 +108,9 @@ def main(out: Path, rounds: int = 7) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
+    import argparse
 
-    tyro.cli(main)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    main(**vars(parser.parse_args()))
