@@ -76,6 +76,77 @@ def curves(
         axes.legend(frameon=False, fontsize=8)
 
 
+def grouped_heat_maps(
+    path: Path, maps: Mapping[str, np.ndarray], names: Sequence[str], groups: Sequence[str]
+) -> None:
+    """Many things' similarities `[N, N]` side by side, without numbers; lines where a new group begins.
+
+    The diagonal is left white, colours span the rest. Things of one group stand beside each other.
+    """
+    starts = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
+    side = 0.19 * len(names) + 1.6
+    with _page(path, len(maps), "", width=side + 1.2, height=side) as page:
+        for number, (axes, (title, matrix)) in enumerate(zip(page, maps.items())):
+            shown = np.ma.masked_array(np.asarray(matrix, float), np.eye(len(names), dtype=bool))
+            drawn = axes.imshow(shown, cmap="viridis", aspect="equal")
+            axes.figure.colorbar(drawn, ax=axes, shrink=0.7)
+            for start in starts[1:]:
+                axes.axhline(start - 0.5, color="white", linewidth=1.2)
+                axes.axvline(start - 0.5, color="white", linewidth=1.2)
+            axes.set_title(title, fontsize=10)
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+            axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names), fontsize=7)
+            for label, group in zip(axes.get_xticklabels() + axes.get_yticklabels(), [*groups, *groups]):
+                label.set_color(_colour(group, groups))
+
+
+def dendrogram_figure(path: Path, title: str, tree: Any, names: Sequence[str], groups: Sequence[str]) -> None:
+    """A tree of scipy's form; names have their group's colour."""
+    from scipy.cluster.hierarchy import dendrogram
+
+    with _page(path, 1, title, height=0.19 * len(names) + 1.2) as (axes,):
+        dendrogram(tree, labels=list(names), orientation="right", ax=axes, color_threshold=0,
+                   above_threshold_color="black", leaf_font_size=8)  # fmt: skip
+        nearest, farthest = tree[:, 2].min(), tree[:, 2].max()
+        axes.set_xlim(nearest - 0.1 * (farthest - nearest), None)
+        of = dict(zip(names, groups))
+        for label in axes.get_yticklabels():
+            label.set_color(_colour(of[label.get_text()], groups))
+        axes.set_xlabel("largest similarity (their own) less that of those that meet")
+        kinds = _ranked(groups)
+        handles = [axes.plot([], [], color=_colour(kind, groups), linewidth=4)[0] for kind in kinds]
+        axes.legend(handles, kinds, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def interval_bars(
+    path: Path,
+    title: str,
+    rows: Sequence[str],
+    bars: Mapping[str, Sequence[tuple[float, float, float]]],
+    label: str,
+) -> None:
+    """For each row a point of each kind with its interval (mean, low, high); a line at 0."""
+    with _page(path, 1, title, height=0.42 * len(rows) + 1.3) as (axes,):
+        for number, (name, found) in enumerate(bars.items()):
+            mean, low, high = np.asarray(found, float).T
+            places = np.arange(len(rows)) + 0.22 * (number - (len(bars) - 1) / 2)
+            axes.errorbar(mean, places, xerr=[mean - low, high - mean], fmt="o", markersize=5, capsize=3,
+                          color=PALETTE[number % len(PALETTE)], label=name)  # fmt: skip
+        axes.axvline(0, color="black", linewidth=1)
+        axes.set_yticks(range(len(rows)), rows, fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _ranked(groups: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(groups))
+
+
+def _colour(group: str, groups: Sequence[str]) -> str:
+    return PALETTE[_ranked(groups).index(group) % len(PALETTE)]
+
+
 def _heat(axes: Any, matrix: np.ndarray, apart: bool) -> None:
     own = np.logical_and(np.eye(len(matrix), matrix.shape[1]), apart and len(matrix) > 1)
     low, high = float(matrix[~own].min()), float(matrix[~own].max())

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import hypergeom
+from scipy.stats import binom, hypergeom
 
 from ... import InputError
 from .relations import spearman
@@ -71,11 +71,52 @@ def modularity(
     return Modularity(functional, float(functional.mean()), observed, float(np.mean(found)), p)
 
 
-def stability(checkpoints: Sequence[np.ndarray]) -> np.ndarray:
-    """Spearman correlation `[N - 1, L]` of predictivities `[L, F]` between one checkpoint and the next."""
+def of_function(functional: np.ndarray, level: float = LEVEL) -> np.ndarray:
+    """p-values `[L, E]` of a function with S sub-functions, whose experts are `functional [S, L, E]`.
+
+    The probability that chance, which makes an expert functional at rate `level`, does so as often.
+    """
+    if functional.ndim != 3:
+        raise InputError(f"functional experts of sub-functions must be [S, L, E], not {functional.shape}")
+    return binom.sf(functional.sum(0) - 1, len(functional), level)
+
+
+def densest(chosen: np.ndarray, experts: np.ndarray, count: int) -> np.ndarray:
+    """All neurons `[L, F]` of the `count` experts of each layer with most of the `chosen [L, F]`."""
+    counts, sizes = expert_counts(chosen, experts)
+    shares = counts / np.maximum(sizes, 1)
+    return _neurons_of(np.argsort(-shares, axis=1, kind="stable"), experts, count)
+
+
+def random_experts(experts: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """All neurons `[L, F]` of `count` random experts of each layer: the control of `densest`."""
+    total, numbers = int(experts.max()) + 1, np.random.default_rng(seed)
+    return _neurons_of(np.stack([numbers.permutation(total) for _ in experts]), experts, count)
+
+
+def expert_means(values: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    """The mean of `values [L, F]` over each expert's neurons, `[L, E]`; 0 for an expert without any."""
+    sizes = expert_counts(np.ones(experts.shape, bool), experts)[1]
+    sums = [np.bincount(row, each, sizes.shape[1]) for row, each in zip(experts, values)]
+    return np.asarray(sums) / np.maximum(sizes, 1)
+
+
+def stability(checkpoints: Sequence[np.ndarray], experts: np.ndarray | None = None) -> np.ndarray:
+    """Spearman correlation `[N - 1, L]` of predictivities `[L, F]` between one checkpoint and the next.
+
+    With `experts [L, F]`, of the experts' means: do modules settle before their neurons do?
+    """
     if len(checkpoints) < 2:
         raise InputError(f"{len(checkpoints)} checkpoint; stability compares each with the next")
-    return np.asarray([[spearman(a, b) for a, b in zip(one, two)] for one, two in pairwise(checkpoints)])
+    values = [each if experts is None else expert_means(each, experts) for each in checkpoints]
+    return np.asarray([[spearman(a, b) for a, b in zip(one, two)] for one, two in pairwise(values)])
+
+
+def _neurons_of(order: np.ndarray, experts: np.ndarray, count: int) -> np.ndarray:
+    """Which neurons are in the first `count` experts of each layer's `order [L, E]`."""
+    if not 0 < count <= order.shape[1]:
+        raise InputError(f"{count} experts of {order.shape[1]}; at least one and at most all can be chosen")
+    return (experts[..., None] == order[:, None, :count]).any(-1)
 
 
 def _together(chosen: np.ndarray, experts: np.ndarray) -> float:

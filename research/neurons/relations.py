@@ -61,12 +61,28 @@ OVERLAPS: Mapping[str, Measure] = {
 }
 
 
-def matrix(of: Mapping[str, np.ndarray], measure: Measure, layers: Sequence[int] | None = None) -> np.ndarray:
-    """`measure` of each two tasks `[N, N]`, in the mean over layers of their arrays `[L, ...]`."""
-    arrays = list(of.values())
-    chosen = range(len(arrays[0])) if layers is None else layers
-    pairs = [[np.mean([measure(a[layer], b[layer]) for layer in chosen]) for b in arrays] for a in arrays]
-    return np.asarray(pairs)
+def matrix(
+    of: Mapping[str, np.ndarray],
+    measure: Measure,
+    layers: Sequence[int] | None = None,
+    among: Mapping[str, np.ndarray] | None = None,
+) -> np.ndarray:
+    """`measure` of each two tasks `[N, N]`, in the mean over layers of their arrays `[L, ..., F]`.
+
+    `among` are neurons `[L, F]` of each task, such as its skill neurons: only those of either task of a pair
+    are compared (the "transferability indicator" of Wang et al., 2022, takes the top fifth).
+    """
+    names = list(of)
+    chosen = range(len(of[names[0]])) if layers is None else layers
+    values = np.ones((len(names), len(names)))
+    for first, second in itertools.combinations_with_replacement(range(len(names)), 2):
+        a, b = names[first], names[second]
+        each = []
+        for layer in chosen:
+            kept = ... if among is None else (..., among[a][layer] | among[b][layer])
+            each.append(measure(of[a][layer][kept], of[b][layer][kept]))
+        values[first, second] = values[second, first] = np.mean(each)
+    return values
 
 
 class Contrast(NamedTuple):
@@ -101,14 +117,23 @@ def same_kind(similarity: np.ndarray, kinds: Sequence[str]) -> Contrast:
 
 
 class Agreement(NamedTuple):
-    """Rank correlation of two matrices' entries off the diagonal, and its permutation p-value (one-sided)."""
+    """Rank correlation of two matrices' entries off the diagonal, and its permutation p-value (one-sided).
+
+    `low` to `high` is its interval over resampled tasks.
+    """
 
     correlation: float
     p: float
+    low: float
+    high: float
 
 
-def agreement(similarity: np.ndarray, transfer: np.ndarray) -> Agreement:
-    """Whether pairs that are more alike transfer better: Mantel's test (1967), tasks permuted together."""
+def agreement(similarity: np.ndarray, transfer: np.ndarray, level: float = 0.95) -> Agreement:
+    """Whether pairs that are more alike transfer better: Mantel's test (1967), tasks permuted together.
+
+    The interval is the percentile bootstrap over tasks, not pairs, which share tasks; a task that is drawn
+    twice is no pair with itself.
+    """
     off = ~np.eye(len(similarity), dtype=bool)
 
     def correlation(order: Sequence[int]) -> float:
@@ -116,7 +141,19 @@ def agreement(similarity: np.ndarray, transfer: np.ndarray) -> Agreement:
 
     observed = correlation(range(len(similarity)))
     found = [correlation(order) for order in _orders(len(similarity))]
-    return Agreement(observed, float(np.mean(np.asarray(found) >= observed - 1e-12)))
+    p = float(np.mean(np.asarray(found) >= observed - 1e-12))
+    return Agreement(observed, p, *_interval(similarity, transfer, level))
+
+
+def _interval(one: np.ndarray, two: np.ndarray, level: float, draws: int = 1000) -> tuple[float, float]:
+    numbers = np.random.default_rng(0)
+    found = []
+    for drawn in numbers.integers(0, len(one), (draws, len(one))):
+        if len(set(drawn.tolist())) > 2:  # of two tasks there are two pairs, whose ranks say nothing
+            apart = drawn[:, None] != drawn
+            found.append(spearman(one[np.ix_(drawn, drawn)][apart], two[np.ix_(drawn, drawn)][apart]))
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _orders(count: int) -> list[tuple[int, ...]]:

@@ -69,10 +69,23 @@ def test_layers_are_compared_one_by_one():
     assert matrix(arrays, spearman)[0, 1] == pytest.approx(whole)
 
 
+def test_tasks_are_compared_among_the_neurons_of_either():
+    """Tasks that are alike in their own neurons only are seen to be so there."""
+    arrays = {name: NUMBERS.normal(size=(2, 3, 40)) for name in "ab"}
+    arrays["b"][:, :, :8] = arrays["a"][:, :, :8]
+    masks = {"a": np.arange(40) < 4, "b": (np.arange(40) < 8) & (np.arange(40) > 3)}
+    among = {name: np.stack([mask, mask]) for name, mask in masks.items()}
+    whole, own = matrix(arrays, cosine), matrix(arrays, cosine, among=among)
+    assert own[0, 1] == pytest.approx(1) and whole[0, 1] < 0.6
+    expected = cosine(arrays["a"][0][:, :8], arrays["b"][0][:, :8])
+    assert matrix(arrays, cosine, layers=[0], among=among)[0, 1] == pytest.approx(expected)
+
+
 def test_similarity_that_says_who_serves_whom_is_told_from_one_that_does_not():
     similar = matrix(tasks(KINDS, 1.0), spearman)
     found = agreement(similar, similar + 0.01 * NUMBERS.normal(size=(6, 6)))
     assert found.correlation > 0.8 and found.p < 0.05
+    assert 0.3 < found.low < found.correlation <= found.high <= 1
     chance = [agreement(similar, NUMBERS.normal(size=(6, 6))).p for _ in range(8)]
     assert 0.2 < np.mean(chance) < 0.8
 
