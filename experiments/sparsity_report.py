@@ -1,16 +1,20 @@
-"""What `modicum sparsity` says: a table a layer, figures, and the converted model's table."""
+"""What `modicum sparsity` says: tables by layer and data set, figures, and those of the converted model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..models.moefied import MoefiedMLP
+from ..research.sparsity.coactivation import coactivation_rows
 from ..research.sparsity.mass import SHARES, LayerMass, mass_rows
 from ..research.sparsity.moefication import Moefied
+from ..research.sparsity.relufication import Relufied
 from ..research.sparsity.statistics import ActivationStatistics
 from ..research.sparsity.storage import save_statistics
 from ..research.study.figures import Axis, Line, bar_plot, cdf_plot, line_plot
@@ -20,22 +24,45 @@ from ..research.study.tables import Table
 LAYERS = 8  # that are drawn, evenly spread
 
 
-def write_measured(
-    folder: Path | None,
-    name: str,
-    found: ActivationStatistics,
-    mass: Sequence[LayerMass],
-    made: Moefied | None,
-) -> str:
+@dataclass(frozen=True)
+class Measured:
+    """Statistics by data set, mass over all of them, and what was made of the model."""
+
+    name: str
+    parts: Mapping[str, ActivationStatistics]
+    mass: Sequence[LayerMass]
+    moefied: Moefied | None = None
+    relufied: Relufied | None = None
+
+    @property
+    def whole(self) -> ActivationStatistics:
+        """The statistics over all data sets."""
+        return reduce(ActivationStatistics.merge, self.parts.values())
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The tables by the names of their files."""
+        whole = self.whole
+        tables = {"activation": activation_table(whole), "mass": mass_table(self.mass)}
+        if len(self.parts) > 1:
+            tables["data"] = data_table(self.parts)
+        if whole.layers[0].together is not None:
+            tables["pairs"] = pairs_table(whole)
+        if self.relufied is not None:
+            tables["relufied"] = relufied_table(self.relufied)
+        if self.moefied is not None:
+            tables["moefied"] = moefied_table(self.moefied)
+        return tables
+
+
+def write_measured(folder: Path | None, measured: Measured) -> str:
     """The tables as text; with `folder` also as files there, with the statistics and `report.html`."""
-    tables = {"activation": activation_table(found), "mass": mass_table(mass)}
-    if made is not None:
-        tables["moefied"] = moefied_table(made)
+    tables, found = measured.tables, measured.whole
     if folder is not None:
         for label, table in tables.items():
             table.write(folder / "tables", label)
         save_statistics(folder / "activations.safetensors", found)
-        page(name, found, mass, made, tables).write(folder / "report.html")
+        page(measured, tables).write(folder / "report.html")
     said = [f"{table.caption}\n\n{table.markdown()}" for table in tables.values()]
     said.append(
         f"On the mean token {found.active_ratio:.1%} of the neurons are active; "
@@ -45,9 +72,42 @@ def write_measured(
     return "\n".join(said)
 
 
+def data_table(parts: Mapping[str, ActivationStatistics]) -> Table:
+    """A row a data set."""
+    rows = [
+        {
+            "data": Path(name).name,
+            "tokens": found.layers[0].tokens,
+            "active": found.active_ratio,
+            "nonzero": found.nonzero_ratio,
+            "inputs below 5%": found.fraction_of_inputs_below(0.05),
+            "dead": found.dead,
+            "ever active": found.ever_active,
+        }
+        for name, found in parts.items()
+    ]
+    return _table(rows, "By data set, over all layers.")
+
+
+def pairs_table(found: ActivationStatistics) -> Table:
+    """A row a layer: which neurons fire together."""
+    caption = (
+        "Pairs: φ is the correlation over tokens of two neurons' being active; *by chance* about its mean "
+        "size if all fired on their own."
+    )
+    return _table(coactivation_rows(found.layers), caption)
+
+
+def relufied_table(made: Relufied) -> Table:
+    """The loss on text before and after the activation function was changed."""
+    row = {"as it was": made.before, "changed": made.swapped, "trained": made.after}
+    return _table([row], "Loss in nats a token, on the measured rows, which were not trained on.")
+
+
 def activation_table(found: ActivationStatistics) -> Table:
     """A row a layer: which share of the neurons is active."""
-    caption = f"Active: above {found.threshold:g}; {found.layers[0].tokens:,} tokens."
+    what = "of a size above" if found.sizes else "above"
+    caption = f"Active: {what} {found.threshold:g}; {found.layers[0].tokens:,} tokens."
     return _table(found.rows(), caption)
 
 
@@ -71,22 +131,23 @@ def moefied_table(made: Moefied) -> Table:
     return _table(made.rows(), caption)
 
 
-def page(
-    name: str,
-    found: ActivationStatistics,
-    mass: Sequence[LayerMass],
-    made: Moefied | None,
-    tables: dict[str, Table],
-) -> Report:
+def page(measured: Measured, tables: Mapping[str, Table]) -> Report:
     """The page with all of it."""
+    found = measured.whole
+    first = [tables[name] for name in ("activation", "data") if name in tables]
     sections = [
-        Section("Which neurons fire", (), [tables["activation"]], activation_figures(found)),
-        Section("How mass is spread", (), [tables["mass"]], [mass_figure(mass)]),
+        Section("Which neurons fire", (), first, activation_figures(found)),
+        Section("How mass is spread", (), [tables["mass"]], [mass_figure(measured.mass)]),
     ]
-    if made is not None:
-        sections.append(Section("In experts", (), [tables["moefied"]], [moefied_figure(made)]))
+    if "pairs" in tables:
+        sections.append(Section("Which fire together", (), [tables["pairs"]], []))
+    if "relufied" in tables:
+        sections.append(Section("With another activation function", (), [tables["relufied"]], []))
+    if measured.moefied is not None:
+        figures = [moefied_figure(measured.moefied)]
+        sections.append(Section("In experts", (), [tables["moefied"]], figures))
     return Report(
-        title=f"Activation sparsity of {name}",
+        title=f"Activation sparsity of {measured.name}",
         summary="Measured on real tokens of the given texts, layer by layer.",
         cards=[
             Card("Active", f"{found.active_ratio:.1%}", "of the neurons, on the mean token"),
@@ -151,4 +212,4 @@ def _drawn(layers: Sequence[Any]) -> Sequence[Any]:
 
 def _short(path: str) -> str:
     """`layers_3/mlp/act` as `layer 3`."""
-    return path.removesuffix("/mlp/act").replace("layers_", "layer ").replace("/", " ")
+    return path.rpartition("/mlp/")[0].replace("layers_", "layer ").replace("/", " ")

@@ -1,8 +1,8 @@
-"""`modicum sparsity MODEL --data DATA`: which neurons fire, and the model with only some of them computed."""
+"""`modicum sparsity MODEL --data DATA`: which neurons fire, and the model made to use only some of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,9 +10,10 @@ import tyro
 
 from ... import InputError
 from .options import UNLIMITED_LENGTH
+from .relufy import Cut, RelufyOptions
 
 if TYPE_CHECKING:
-    from ...research.sparsity.moefication import Moefication
+    from ...research.sparsity.moefication import Moefication, Moefied
     from .language_models import LanguageModel
 
 ROWS = 32  # that are read at once
@@ -20,26 +21,33 @@ ROWS = 32  # that are read at once
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Measure which feed-forward neurons fire; with --moefy also make a model that computes a share of them.
+    """Measure which feed-forward neurons fire; make a model in which fewer do, or one that computes a share.
 
     MODEL is a published checkpoint (its folder or its name on the Hugging Face hub) or what `modicum train`
-    left. What --moefy writes to OUT/model is a model folder that `modicum generate` and `modicum evaluate`
-    take. Of a published encoder-decoder the encoder is measured.
+    left. What --relufy and --moefy write to OUT/model is a model folder that `modicum generate` and `modicum
+    evaluate` take. Of a published encoder-decoder the encoder is measured.
     """
 
     model: tyro.conf.Positional[str]
-    data: str
-    """A file, a folder with splits, or a hub name."""
+    data: tuple[str, ...]
+    """Files, folders with splits, or hub names; of several each is measured by itself too."""
     out: Path | None = None
     """Folder for tables, report.html and the converted model."""
     split: Literal["train", "dev", "test"] = "train"
     text_column: str = "text"
     rows: int = 256
-    """Rows of text that are read, evenly spread over the data."""
+    """Rows of text that are measured, evenly spread over each of the data."""
     length: int = 0
     """Tokens of a row; 0: as many as the model has positions, 128 where these have no limit."""
     threshold: float = 0.0
     """An activation above this counts as active."""
+    sizes: bool = False
+    """Compare the activations' sizes with the threshold: for functions and products that are negative too."""
+    site: Literal["act", "mid"] = "act"
+    """What the activation function returns, or what a gated layer's last product takes."""
+    pairs: bool = False
+    """Count also which two neurons fire together: a square of numbers for each layer."""
+    relufying: RelufyOptions = field(default_factory=RelufyOptions)
     moefy: str = ""
     """The share of the neurons that each token shall use, such as 20%."""
     neurons: int = 32
@@ -60,22 +68,31 @@ class Sparsity:
     def run(self) -> int:
         """Print the tables, and write what was asked for."""
         from ...research.sparsity.mass import measure_mass
-        from ...research.sparsity.statistics import measure
-        from ..sparsity_report import write_measured
+        from ...research.sparsity.statistics import Counter
+        from ..sparsity_report import Measured, write_measured
         from .compilation import cache_compilations
 
         wanted = self._wanted()
+        if self.relufying.relufy:
+            self._out()
         cache_compilations()
         speaker = self._open()
-        batches = self._batches(speaker)
-        found = measure(speaker.model, speaker.params, batches, threshold=self.threshold)
-        mass = measure_mass(speaker.model, speaker.params, batches)
-        if wanted is None:
-            print(write_measured(self.out, self.model, found, mass, None))
-            return 0
-        moefied = self._convert(speaker, batches, wanted)
-        print(write_measured(self.out, self.model, found, mass, moefied))
-        print(f"the converted model is in {self._out() / 'model'}")
+        texts = {name: self._cut(speaker, name) for name in self.data}
+        relufied = None
+        if self.relufying.relufy:
+            speaker, relufied = self.relufying.train(speaker, texts.values(), self.seed)
+        batches = {name: self._batches(speaker, cut) for name, cut in texts.items()}
+        every = [batch for own in batches.values() for batch in own]
+        names = (f"mlp/{self.site}",)
+        counter = Counter(speaker.model, names, self.threshold, self.sizes, self.pairs)
+        parts = {name: counter.measure(speaker.params, own) for name, own in batches.items()}
+        mass = measure_mass(speaker.model, speaker.params, every, names=names)
+        moefied = None if wanted is None else self._convert(speaker, every, wanted)
+        found = Measured(self.model, parts, mass, moefied, relufied)
+        print(write_measured(self.out, found))
+        if moefied is not None or relufied is not None:
+            self._save(speaker, moefied)
+            print(f"the converted model is in {self._out() / 'model'}")
         return 0
 
     def _wanted(self) -> Moefication | None:
@@ -98,7 +115,8 @@ class Sparsity:
 
     def _out(self) -> Path:
         if self.out is None:
-            raise InputError("--moefy writes a model: give --out FOLDER")
+            asked = "--moefy" if self.moefy else "--relufy"
+            raise InputError(f"{asked} writes a model: give --out FOLDER")
         return self.out
 
     def _partition(self) -> Any:
@@ -142,7 +160,7 @@ class Sparsity:
             return open_language_model(self.model, "float32", self.ignore)
         return replace(open_body(self.model, self.ignore), stops=())
 
-    def _batches(self, speaker: LanguageModel) -> list[dict[str, Any]]:
+    def _cut(self, speaker: LanguageModel, name: str) -> Cut:
         """Texts in rows of at most `length` tokens; a decoder's texts go on over several rows."""
         import numpy as np
 
@@ -153,37 +171,53 @@ class Sparsity:
         length = self.length or config.positions.limit or UNLIMITED_LENGTH
         if self.rows < 1:
             raise InputError(f"rows={self.rows} must be at least 1")
-        texts = list(load_source(self.data, self.split, self.text_column).texts())
+        texts = list(load_source(name, self.split, self.text_column).texts())
         limit = None if config.kind == "decoder" else length
         ids = [row for row in speaker.tokenizer.encode_all(texts, limit, True) if row]
         cut = [row[start : start + length] for row in ids for start in range(0, len(row), length)]
         if not cut:
-            raise InputError(f"{self.data}: no text has a token of this model's vocabulary")
-        cut = cut[:: max(1, len(cut) // self.rows)][: self.rows]
-        tokens = np.full((-(-len(cut) // ROWS) * ROWS, length), speaker.tokenizer.pad, np.int32)
+            raise InputError(f"{name}: no text has a token of this model's vocabulary")
+        evenly = np.linspace(0, len(cut) - 1, min(self.rows, len(cut)))
+        chosen = set(evenly.round().astype(int).tolist())
+        return Cut(
+            [cut[number] for number in sorted(chosen)],
+            [row for number, row in enumerate(cut) if number not in chosen],
+            length,
+        )
+
+    def _batches(self, speaker: LanguageModel, cut: Cut) -> list[dict[str, Any]]:
+        """Rows filled up to one length, `ROWS` at a time."""
+        import numpy as np
+
+        rows = cut.measured
+        tokens = np.full((-(-len(rows) // ROWS) * ROWS, cut.length), speaker.tokenizer.pad, np.int32)
         segments = np.zeros_like(tokens)
-        for number, row in enumerate(cut):
+        for number, row in enumerate(rows):
             tokens[number, : len(row)], segments[number, : len(row)] = row, 1
         return [
             {"tokens": tokens[first : first + ROWS], "segments": segments[first : first + ROWS]}
             for first in range(0, len(tokens), ROWS)
         ]
 
-    def _convert(self, speaker: LanguageModel, batches: list[dict[str, Any]], wanted: Moefication) -> Any:
+    def _convert(self, speaker: LanguageModel, batches: list[dict[str, Any]], wanted: Moefication) -> Moefied:
         from ...research.sparsity.moefication import moefy
+
+        return moefy(speaker.model, speaker.params, batches, wanted)
+
+    def _save(self, speaker: LanguageModel, moefied: Moefied | None) -> None:
         from ...research.training.model_folder import find_model, load_model, save_model
         from .language_models import is_own
 
-        made = moefy(speaker.model, speaker.params, batches, wanted)
+        made = speaker if moefied is None else moefied
         labels, notes = (), dict[str, Any]()
         if is_own(self.model):
             trained = load_model(find_model(Path(self.model)))
             labels, notes = trained.labels, dict(trained.notes)
-        notes |= {"moefied": self.model, "stops": list(speaker.stops), "start": speaker.start}
+        notes |= {"moefied" if moefied else "relufied": self.model}
+        notes |= {"stops": list(speaker.stops), "start": speaker.start}
         save_model(
             self._out() / "model", made.model, made.params, tokenizer=speaker.kept, labels=labels, notes=notes
         )
-        return made
 
 
 def share_of(text: str) -> float:

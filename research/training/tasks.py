@@ -28,6 +28,7 @@ from ...parallel.pipeline import Schedule
 from ..data.batches import Batches, Rows, evaluation_batches
 from ..delta.attach import Tuned
 from ..delta.axes import delta_axes
+from .activation_penalty import ActivationPenalty, with_activation_penalty
 from .config import TrainingConfig
 from .evaluation import SumsOf, evaluate, make_evaluation
 from .job import Evaluation, Job, Wrap
@@ -41,7 +42,7 @@ from .objectives import (
     language_modelling,
     penalised,
 )
-from .routing import with_routing
+from .routing import has_routers, with_routing
 
 Tree = Any
 EVALUATION_BATCH = 64
@@ -55,8 +56,12 @@ def language_model_job(
     layout: Layout,
     evaluation: Rows | None = None,
     initial: Params | None = None,
+    penalty: ActivationPenalty | None = None,
 ) -> Job:
-    """Train `model` on packed `rows` from scratch, or from the parameters `initial`."""
+    """Train `model` on packed `rows` from scratch, or from the parameters `initial`.
+
+    With a `penalty` activations have a price in training.
+    """
     _require_precision(model, config)
     length = len(rows[0]["tokens"])
     example = jnp.zeros((1, length), jnp.int32)
@@ -64,12 +69,13 @@ def language_model_job(
     def init(rng: jax.Array, start: Tree) -> Tree:
         return model.init(rng, example) if initial is None else start
 
-    loss = _language_modelling(model, config, layout)
+    loss = _language_modelling(model, config, layout, penalty)
+    batches = local_batches(rows, config, layout)
     sums_of = make_evaluation(placed(loss, replace(layout, schedule=Schedule())))
     return Job(
         loss=loss,
         init=init,
-        batches=local_batches(rows, config, layout),
+        batches=batches if penalty is None else penalty.priced(batches),
         initial=initial,
         axes=model.axes,
         evaluate=evaluation_of(sums_of, evaluation, layout),
@@ -160,7 +166,9 @@ def evaluation_of(
     return means
 
 
-def _language_modelling(model: Transformer, config: TrainingConfig, layout: Layout) -> Loss:
+def _language_modelling(
+    model: Transformer, config: TrainingConfig, layout: Layout, penalty: ActivationPenalty | None
+) -> Loss:
     """The loss of all parameters, in chunks where the head can leave its logits as factors."""
     head = model.head
     if isinstance(head, LanguageModelHead | MaskedLanguageModelHead) and not isinstance(head, ExtendedHead):
@@ -172,6 +180,10 @@ def _language_modelling(model: Transformer, config: TrainingConfig, layout: Layo
         )
     split = WordSplit(layout.mesh, layout.rules)
     make = partial(language_modelling, chunk=config.loss_chunk, split=split)
+    if penalty is not None:
+        if has_routers(model.config):
+            raise InputError("a penalty on activations is for dense feed-forward layers, not for a RoutedMLP")
+        return with_activation_penalty(make, model, penalty)
     return with_routing(make, full_tuning(model), model.config)
 
 

@@ -1,6 +1,7 @@
 """`modicum sparsity` on a tiny decoder: its tables, the converted model, and what that generates."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from modicum.experiments.commands.sparsity import share_of
 from modicum.models import MLP, Learned, Transformer, TransformerConfig, multi_head
-from modicum.research.data.tokenizers import train_tokenizer
+from modicum.research.data.tokenizers import Tokenizer, train_tokenizer
 from modicum.research.sparsity import load_statistics
 from modicum.research.training.model_folder import load_model, save_model
 
@@ -94,6 +95,8 @@ def test_all_experts_generate_what_the_dense_model_does(modicum, model, tmp_path
         (("--moefy", "twenty", "--out", "x"), "'twenty' is no share"),
         (("--moefy", "50%", "--neurons", 5, "--out", "x"), "32 neurons do not divide into experts of 5"),
         (("--rows", 0), "rows=0 must be at least 1"),
+        (("--relufy", 2), "--relufy writes a model: give --out FOLDER"),
+        (("--relufy", 2, "--out", "x"), "--relufy trains on rows that are not measured"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(modicum, model, arguments, message):
@@ -104,3 +107,25 @@ def test_what_cannot_be_done_is_one_line(modicum, model, arguments, message):
 
 def test_shares_are_percentages_or_fractions():
     assert share_of("20%") == pytest.approx(0.2) and share_of("0.2") == 0.2
+
+
+def test_a_relufied_model_is_measured_by_data_set_and_generates(modicum, model, tmp_path):
+    """Of a GELU model: another function, some steps, pairs and two data sets in one call."""
+    dense = load_model(model / "model")
+    gelu = Transformer(replace(dense.model.config, mlp=MLP(32, "gelu")))
+    tokenizer = Tokenizer.load(dense.tokenizer)
+    save_model(tmp_path / "gelu", gelu, dense.params, tokenizer=tokenizer)
+    (tmp_path / "more.jsonl").write_text((model / "texts.jsonl").read_text())
+    out = tmp_path / "out"
+    said = modicum(
+        *("sparsity", tmp_path / "gelu", "--data", model / "texts.jsonl", tmp_path / "more.jsonl"),
+        *("--length", 8, "--rows", 5, "--relufy", 2, "--batch", 4, "--price", 0.1, "--pairs", "--out", out),
+    )
+    assert said.code == 0, said.error
+    assert "as it was" in said.out and "more.jsonl" in said.out and "strongest pair" in said.out
+    made = load_model(out / "model")
+    assert made.model.config.mlp.activation == "relu" and made.notes["relufied"] == str(tmp_path / "gelu")
+    assert load_statistics(out / "activations.safetensors").layers[0].together.shape == (32, 32)
+    new = ("--prompt", TEXTS[0], "--max-new-tokens", 2)
+    assert modicum("generate", out / "model", *new).code == 0
+    assert "Which fire together" in (out / "report.html").read_text()
