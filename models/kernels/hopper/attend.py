@@ -21,17 +21,8 @@ from .key_gradient import key_gradient
 from .problem import CONSUMERS, LOG2_E, Problem, Tiles
 from .query_block import Operands
 from .query_gradient import Gradients, query_gradient
+from .tile_sizes import Plan
 from .tiling import mask_over_keys, mask_over_queries
-
-
-class Plan(NamedTuple):
-    """Tile sizes of each kernel."""
-
-    forward: Tiles
-    query_gradient: Tiles
-    key_gradient: Tiles
-    bias_gradient: Tiles
-    deterministic: bool = True  # else one kernel adds to the gradient of queries in any order
 
 
 class Inputs(NamedTuple):

@@ -6,6 +6,7 @@ The kernels, and with them Pallas, are imported when they are first used.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,12 +29,14 @@ class Hopper:
     backward pass is a kernel for queries, one for keys and values and one for biases that need it; each sums
     in a fixed order, so gradients are the same every time. Without `deterministic` one kernel does the work
     of the first two with two products less a tile, adding to the queries' gradient in any order. `interpret`,
-    an `InterpretGPUParams`, runs the kernels on a CPU instead (see `operations`).
+    an `InterpretGPUParams`, runs the kernels on a CPU instead (see `operations`); `tiles` names kernels and
+    blocks to be taken whatever the table says (see `tile_sizes`).
     """
 
     name: str = "hopper"
     interpret: Any = None
     deterministic: bool = True
+    tiles: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def supports(self, request: Request) -> str | None:
         """A Hopper GPU, 16-bit inputs, widths up to 128, masks that are dense or a range of keys a query."""
@@ -60,7 +63,17 @@ class Hopper:
         """Output `[B, T, H, K]` in the type of q and log-sum-exp `[B, H, T]`, float32."""
         from .padding import padded_attention
 
-        return padded_attention(q, k, v, terms, self.interpret, self.deterministic)
+        return padded_attention(q, k, v, terms, self.interpret, self.deterministic, self.tiles)
+
+    def candidates(self, request: Request) -> Mapping[str, Sequence[tuple[int, ...]]]:
+        """By name of entries in the table of block sizes what is worth a try for a request."""
+        from .tile_sizes import candidates
+
+        return candidates(request) if self.deterministic else {}
+
+    def with_blocks(self, name: str, blocks: tuple[int, ...]) -> Hopper:
+        """Itself with these for the kernel of that name, whatever the table says."""
+        return dataclasses.replace(self, tiles=(*self.tiles, (name, blocks)))
 
 
 def _no_fused(request: Request) -> str | None:

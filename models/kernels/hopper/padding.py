@@ -7,23 +7,29 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from ..biases import ALiBi, Bias
 from ..merging import merge_sinks
 from ..ranges import ranges
 from ..terms import Terms
 from ..varying import vary, varying_axes
-from .attend import Inputs, Plan, attend
+from .attend import Inputs, attend
 from .dense_masks import allowed, split, within
 from .dropping import hashes
 from .operations import Interpreted, Warpgroup
-from .problem import Problem, Tiles
+from .problem import Problem
+from .tile_sizes import Asked, plan
 from .tiling import padded_ranges
 
 MULTIPLE = 128  # of lengths: what a block of the kernels holds
 
 
 def padded_attention(
-    q: Array, k: Array, v: Array, terms: Terms, interpret: Any = None, deterministic: bool = True
+    q: Array,
+    k: Array,
+    v: Array,
+    terms: Terms,
+    interpret: Any = None,
+    deterministic: bool = True,
+    tiles: Asked = (),
 ) -> tuple[Array, Array]:
     """Output `[B, T, H, K]` and log-sum-exp `[B, H, T]`, float32.
 
@@ -41,29 +47,12 @@ def padded_attention(
     q, k, v = (_padded(x, length, problem.width) for x, length in zip((q, k, v), lengths))
     bias = None if terms.bias is None else terms.bias.extended(problem.queries, problem.keys)
     inputs = Inputs(q, k, v, seen, bias, hashes(terms.dropout, problem), shown)
-    tiles = plan(problem.width, bias, deterministic, bool(dense), problem.rate > 0)
-    out, lse = attend(problem, tiles, inputs)
+    out, lse = attend(problem, plan(problem, terms, deterministic, tiles), inputs)
     out, lse = out[:, :queries, :, :width], lse[:, :, :queries]
     if terms.sinks is None:
         return out, lse
     wide, lse = merge_sinks(out, lse, jnp.asarray(terms.sinks))
     return wide.astype(out.dtype), lse
-
-
-def plan(
-    width: int, bias: Bias | None, deterministic: bool = True, dense: bool = False, dropped: bool = False
-) -> Plan:
-    """Tile sizes, after what tokamax's autotuning found for its like kernels on an H100.
-
-    tokamax (openxla/tokamax), tuning tables of its Mosaic GPU flash attention. Larger tiles than these spill
-    registers, or with those of a bias exceed shared memory: docs/results/attention_hopper_compiled.md.
-    """
-    narrow, read = width <= 64, bias is not None and not isinstance(bias, ALiBi)
-    both = read and dense  # tiles of a bias and of a mask
-    forward = Tiles(64, 64 if bias is not None or dense else 128, 4 if narrow and not both else 2)
-    stages = 2 if both or (read and not narrow) else 3
-    backward = Tiles(64, 64, 1 if both and dropped and not narrow else stages)  # two lack 48 bytes
-    return Plan(forward, backward, backward, Tiles(64, 64, 3 if narrow else 2), deterministic)
 
 
 def _problem(q: Array, k: Array, v: Array, terms: Terms, interpret: Any) -> Problem:
