@@ -22,10 +22,14 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 @dataclass(frozen=True)
 class CompiledCase:
-    """A call to compile, forward and backward; `terms` makes its terms for the lengths and heads."""
+    """A call to compile, forward and backward; `terms` makes its terms for the lengths and heads.
+
+    There are as many keys as queries where `keys` is 0.
+    """
 
     terms: Callable[[CompiledCase], kernels.Terms]
     length: int = 256
+    keys: int = 0
     width: int = 128
     heads: int = 4
     kv_heads: int = 2
@@ -67,6 +71,14 @@ def _biased(bias: Callable[[CompiledCase], kernels.Bias]) -> Callable[[CompiledC
     return lambda case: kernels.Terms(kernels.Causal(), bias(case))
 
 
+def _relations(case: CompiledCase) -> kernels.Bias:
+    """As CPM-Bee has them: 512 buckets, and relations of the segments of a tree."""
+    of_queries, of_keys = (_zeros(case.batch, case.length, dtype=np.int32) for _ in range(2))
+    relations = _zeros(case.batch, case.length, 20, dtype=np.int32)
+    sides = (relations, of_keys, of_queries, of_keys, of_queries, of_keys)
+    return kernels.Relations(_zeros(512 + 32, case.heads), *sides)
+
+
 CASES = {
     "causal": CompiledCase(lambda case: kernels.Terms(kernels.Causal()), length=1024),
     **{
@@ -84,6 +96,7 @@ CASES = {
         _biased(lambda c: kernels.DenseBias(_zeros(c.batch, 1, 1, c.length))), dtype="float32"
     ),
     "bucketed": CompiledCase(_biased(lambda c: kernels.Bucketed(_zeros(32, c.heads), offset=np.asarray(3)))),
+    "relations": CompiledCase(_biased(_relations), length=1024, width=64),
     "alibi": CompiledCase(_biased(lambda c: kernels.ALiBi(_zeros(c.heads)))),
     "sinks, dropout, soft cap": CompiledCase(_everything, width=64),
 }
@@ -113,12 +126,10 @@ def compile_case(case: CompiledCase, chip: str, implementation: Any = None) -> A
         dq, dk, dv, d_terms = pull(outputs)
         return dq, dk, dv, [x for x in jax.tree.leaves(d_terms) if x.dtype != jax.dtypes.float0]
 
-    shapes = [(case.heads, case.width), (case.kv_heads, case.width), (case.kv_heads, case.width)]
+    of_keys = (case.keys or case.length, case.kv_heads, case.width)
     q, k, v = (
-        jax.ShapeDtypeStruct(
-            (case.batch, case.length, *shape), case.dtype, sharding=NamedSharding(mesh, split)
-        )
-        for shape in shapes
+        jax.ShapeDtypeStruct((case.batch, *shape), case.dtype, sharding=NamedSharding(mesh, split))
+        for shape in ((case.length, case.heads, case.width), of_keys, of_keys)
     )
     given = jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
@@ -129,7 +140,8 @@ def compile_case(case: CompiledCase, chip: str, implementation: Any = None) -> A
     if case.devices > 1:
         sharded = (split, split, split)
         run = jax.shard_map(gradients, mesh=mesh, in_specs=(*sharded, specs), out_specs=(*sharded, same))
-    return jax.jit(run).lower(q, k, v, given).compile()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # block sizes go by the chip
+        return jax.jit(run).lower(q, k, v, given).compile()
 
 
 def mesh_of(chip: str, devices: int) -> Mesh:

@@ -3,7 +3,7 @@
 It is a kernel of its own: where the bias is not trained, the compiler drops it. Its grid goes over the batch
 rows and heads that the bias tells apart, the tiles, and innermost those that share the bias, so the gradient
 of a `[1, H, T, S]` array is never written as `[B, H, T, S]`; Bucketed's is a sum over diagonals, ALiBi's one
-number a head.
+number a head, that of relations a sum by rows of the table.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from ..biases import ALiBi, Bias, Bucketed, Dense
 from ..block_lists import agreed, block_map, tile_list
 from ..blocks import static_blocks
 from ..operands import Axes
+from ..relations import Relations
 from ..terms import Terms
 from .biases import ALiBiInside, BucketedInside, DenseInside
 from .call import At, Block, Refs, Walk, call, cost, ids_and_entry
@@ -25,6 +26,7 @@ from .forward import across
 from .gradients import Saved, score_gradient, spread_statistics
 from .pieces import Frame, Tile
 from .plan import SUBLANES, Plan
+from .relations import RelationsInside, add_by_row
 from .scores import Scores
 from .toeplitz import diagonals
 
@@ -45,6 +47,10 @@ def bias_gradient(plan: Plan, saved: Saved, terms: Terms) -> Bias | None:
             total = _summed(plan, saved, terms, scores, shape, None)[0]
             gradient = jax.vjp(inside.table, jnp.asarray(terms.bias.table, jnp.float32))[1](total)[0]
             return dataclasses.replace(terms.bias, table=gradient)
+        case Relations(table=table), RelationsInside() as inside:
+            shape = (1, plan.heads, inside.length() // plan.lanes, plan.lanes)
+            total = _summed(plan, saved, terms, scores, shape, None).reshape(plan.heads, -1)
+            return dataclasses.replace(terms.bias, table=total.T[: table.shape[0]])
         case ALiBi(), _:
             total = _summed(plan, saved, terms, scores, (1, plan.heads, 1, plan.lanes), None)
             return dataclasses.replace(terms.bias, slopes=-total.sum((0, 2, 3)))
@@ -71,7 +77,7 @@ def _summed(
         scores.scalars(),
         {**saved.inputs(frame), **scores.inputs()},
         {"bias": (shape, jnp.float32, block)},
-        dict.fromkeys(("lse", "delta"), (1, rows, plan.lanes)),
+        {**dict.fromkeys(("lse", "delta"), (1, rows, plan.lanes)), **_memory(scores)},
         cost(
             plan.batch * plan.heads * walk.lists.shape[2],
             rows * columns,
@@ -81,6 +87,12 @@ def _summed(
         plan.interpret,
     )
     return results["bias"]
+
+
+def _memory(scores: Scores) -> dict[str, tuple[int, ...]]:
+    """Scratch memory for a kind of bias: that of relations goes through a tile query by query."""
+    names = ("d_scores", "row") if isinstance(scores.bias, RelationsInside) else ()
+    return dict.fromkeys(names, scores.frame.shape)
 
 
 def _kept(shape: tuple[int, ...], at: At) -> tuple[Any, Any]:
@@ -149,6 +161,8 @@ def _add(scores: Scores, axes: Axes | None, d_scores: Array, refs: Refs, tile: T
         case BucketedInside() as bias:
             window = bias.window(refs, tile)
             out[:, window] = out[:, window] + diagonals(d_scores, lanes)
+        case RelationsInside() as bias:
+            add_by_row(out, d_scores, bias.row(refs, tile), refs.scratch)
         case ALiBiInside() as bias:
             by_column = (d_scores * bias.distance(refs, tile)).sum(0, keepdims=True)
             parts = [by_column[:, i : i + lanes] for i in range(0, by_column.shape[1], lanes)]

@@ -1,7 +1,7 @@
 """Biases inside a kernel: how each kind is read for a tile, and how its gradient is summed over tiles.
 
 A dense bias is read by tiles. One that goes by relative position is a Toeplitz matrix and is spread from a
-few numbers: see `toeplitz`. ALiBi is computed.
+few numbers: see `toeplitz`. ALiBi is computed; of relations (`relations`) rows of a table are looked up.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -12,10 +12,12 @@ from jax.experimental import pallas as pl
 
 from ..biases import ALiBi, Bias, Bucketed, Dense
 from ..operands import Axes, Operand, standard
+from ..relations import Relations
 from ..trees import AnyArray
 from .call import Block, Refs
 from .pieces import Frame, Piece, Tile
 from .plan import SUBLANES
+from .relations import RelationsInside
 from .toeplitz import toeplitz
 
 
@@ -42,6 +44,8 @@ def bias_inside(frame: Frame, bias: Bias | None) -> Inside:
             return BucketedInside(frame, bias)
         case ALiBi():
             return ALiBiInside(frame, bias)
+        case Relations():
+            return RelationsInside.of(frame, bias)
         case _:
             return Without()
 

@@ -4,31 +4,31 @@ import jax
 
 from ..biases import Bucketed, Dense
 from ..block_sizes import block_sizes, found_fields
+from ..relations import Relations
 from ..request import Request
 from .plan import LANES, Blocks
 
-# Where the table has no entry.
-_FORWARD, _BACKWARD = Blocks(1024, 1024, 512), Blocks(1024, 1024, 512)
-_TOEPLITZ = Blocks(512, 512, 512)
+KERNELS = ("forward", "backward", "query gradient", "key gradients")  # "backward": one for q, k and v
+
+# Worth a try. A step's own cost is no bundle, so no fewer pairs a tile than now; and scores of more than
+# 2^20 pairs at once leave VMEM no room for the sums of a long sequence.
+CANDIDATES = tuple(
+    Blocks(rows, columns, chunk)
+    for rows, columns in ((1024, 1024), (1024, 2048), (2048, 1024))
+    for chunk in (256, 512, 1024)
+    if rows * chunk <= 1 << 20 and columns <= 4 * chunk
+)
+_DEFAULT = Blocks(1024, 1024, 512)  # where the table has no entry
+_SPREAD = Blocks(512, 512, 512)
 _MOST_FUSED = 32 << 20  # bytes of VMEM for the gradient of q in the fused kernel; all of it is `VMEM_LIMIT`
 _MOST = 4 << 20  # bytes of a block of a dense bias, which is held twice
 
 
-def forward_blocks(request: Request) -> Blocks:
-    """Of the forward pass."""
-    return _limited(_tuned("tpu forward", request) or _FORWARD, request)
-
-
-def backward_blocks(request: Request) -> Blocks:
-    """Of the gradients."""
-    return _limited(_tuned("tpu backward", request) or _BACKWARD, request)
-
-
-def _tuned(kernels: str, request: Request) -> Blocks | None:
-    """What the table has, if it has an entry."""
+def blocks_for(kernel: str, request: Request) -> Blocks:
+    """Of one of the `KERNELS`: the entry of "tpu forward" or the like, smaller where a term needs room."""
     found = found_fields(request.dtype, request.width, request.mask)
-    blocks = block_sizes(kernels, length=max(request.queries, request.keys), **found)
-    return None if blocks is None else Blocks(*blocks)
+    blocks = block_sizes(f"tpu {kernel}", length=max(request.queries, request.keys), **found)
+    return _limited(_DEFAULT if blocks is None else Blocks(*blocks), request)
 
 
 def fits_fused(repeats: int, queries: int, width: int, itemsize: int, request: Request) -> bool:
@@ -42,11 +42,11 @@ def fits_fused(repeats: int, queries: int, width: int, itemsize: int, request: R
 
 
 def _limited(blocks: Blocks, request: Request) -> Blocks:
-    """Smaller where the heads of a group, a dense bias or a Toeplitz matrix would need too much room."""
+    """Smaller where a group's heads, a dense bias or one spread from a table would need too much room."""
     repeats = request.heads // request.kv_heads
     rows = max(blocks.rows // max(1, repeats // 2), 128)
-    if isinstance(request.bias, Bucketed):
-        return Blocks(min(rows, _TOEPLITZ.rows), *_TOEPLITZ[1:])
+    if isinstance(request.bias, Bucketed | Relations):
+        return Blocks(min(rows, _SPREAD.rows), *_SPREAD[1:])
     columns = blocks.columns
     if isinstance(request.bias, Dense) and request.bias.values.shape[1] > 1:
         while 4 * repeats * rows * columns > _MOST and max(rows, columns) > 128:

@@ -17,7 +17,8 @@ from ..terms import Terms
 from .call import At, Refs, Walk, call, cost, ids_and_entry
 from .pieces import Frame, Tile
 from .plan import LOG2_E, Plan
-from .scores import Scores, product, split_product
+from .products import product, split_product
+from .scores import Scores
 
 
 def forward(plan: Plan, q: Array, k: Array, v: Array, terms: Terms, dtype: Any) -> tuple[Array, Array]:

@@ -21,7 +21,8 @@ from .call import At, Block, Refs, Walk, call, cost, ids_and_entry
 from .forward import by_queries
 from .pieces import Frame, Tile
 from .plan import Plan
-from .scores import Scores, product, turned_product
+from .products import product, turned_product
+from .scores import Scores
 
 
 class Saved(NamedTuple):
@@ -52,9 +53,9 @@ class Saved(NamedTuple):
 
 def query_gradient(plan: Plan, saved: Saved, terms: Terms) -> Array:
     """The gradient of q, `[B, H, T, K]`."""
-    frame = Frame(plan, plan.backward, plan.repeats, keys_first=True)
+    frame = Frame(plan, plan.query_gradient, plan.repeats, keys_first=True)
     scores, walk = Scores.of(frame, terms), by_queries(frame, terms)
-    rows, width = plan.backward.rows, plan.width
+    rows, width = frame.blocks.rows, plan.width
     results = call(
         lambda walk, refs: _query_kernel(frame, scores, walk, refs),
         "attention_query_gradient",
@@ -63,7 +64,7 @@ def query_gradient(plan: Plan, saved: Saved, terms: Terms) -> Array:
         {**saved.inputs(frame), **scores.inputs()},
         {"dq": (saved.q.shape, saved.q.dtype, frame.queries(width))},
         {"dq": (frame.heads, rows, width)},
-        _cost(plan, walk, saved, 2 * width + plan.value_width),
+        _cost(frame, walk, saved, 2 * width + plan.value_width),
         plan.interpret,
     )
     return results["dq"]
@@ -71,7 +72,7 @@ def query_gradient(plan: Plan, saved: Saved, terms: Terms) -> Array:
 
 def key_gradients(plan: Plan, saved: Saved, terms: Terms) -> tuple[Array, Array]:
     """The gradients of k and v, `[B, G, S, K]` and `[B, G, S, V]`."""
-    frame = Frame(plan, plan.backward, plan.repeats, keys_first=True)
+    frame = Frame(plan, plan.key_gradients, plan.repeats, keys_first=True)
     scores, walk = Scores.of(frame, terms), by_keys(frame, terms)
     widths = plan.width, plan.value_width
     results = call(
@@ -84,8 +85,8 @@ def key_gradients(plan: Plan, saved: Saved, terms: Terms) -> tuple[Array, Array]
             name: (array.shape, array.dtype, frame.keys(width))
             for name, array, width in zip(("dk", "dv"), (saved.k, saved.v), widths)
         },
-        {name: (plan.backward.columns, width) for name, width in zip(("dk", "dv"), widths)},
-        _cost(plan, walk, saved, 2 * sum(widths)),
+        {name: (frame.blocks.columns, width) for name, width in zip(("dk", "dv"), widths)},
+        _cost(frame, walk, saved, 2 * sum(widths)),
         plan.interpret,
     )
     return results["dk"], results["dv"]
@@ -114,9 +115,9 @@ def all_gradients(plan: Plan, saved: Saved, terms: Terms) -> tuple[Array, Array,
         },
         {
             "dq": (frame.heads, plan.queries, plan.width),
-            **{name: (plan.backward.columns, width) for name, width in zip(("dk", "dv"), widths)},
+            **{name: (frame.blocks.columns, width) for name, width in zip(("dk", "dv"), widths)},
         },
-        _cost(plan, walk, saved, 3 * widths[0] + 2 * widths[1]),
+        _cost(frame, walk, saved, 3 * widths[0] + 2 * widths[1]),
         plan.interpret,
     )
     return results["dq"], results["dk"], results["dv"]
@@ -244,6 +245,6 @@ def _part(start: Any, size: int) -> Any:
     return pl.ds(pl.multiple_of(start, size), size)
 
 
-def _cost(plan: Plan, walk: Walk, saved: Saved, widths: int) -> Any:
-    tiles = plan.batch * plan.heads * walk.lists.shape[2]
-    return cost(tiles, plan.backward.rows * plan.backward.columns, widths, [*saved, saved.q])
+def _cost(frame: Frame, walk: Walk, saved: Saved, widths: int) -> Any:
+    tiles = frame.plan.batch * frame.plan.heads * walk.lists.shape[2]
+    return cost(tiles, frame.blocks.rows * frame.blocks.columns, widths, [*saved, saved.q])

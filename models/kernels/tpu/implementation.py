@@ -15,10 +15,11 @@ from ..biases import ALiBi, Bucketed
 from ..biases import Dense as DenseBias
 from ..masks import Lengths, describe
 from ..operands import unknown_mask
+from ..relations import Relations
 from ..request import PARTITIONED, Request, request_of
 from ..terms import Terms
 from ..varying import vary, varying_axes
-from .block_sizes import backward_blocks, fits_fused, forward_blocks
+from .block_sizes import CANDIDATES, KERNELS, blocks_for, fits_fused
 from .plan import LANES, SUBLANES, Blocks, Plan, fitting_block, padded_length, padded_width
 
 DTYPES = ("float32", "bfloat16")
@@ -29,30 +30,32 @@ MOST_TILES = 1 << 16  # numbers of 4 bytes in scalar memory, of which there is 1
 class Tpu:
     """Pallas on TPUs; with `interpret` on anything, slowly, to be tested.
 
-    Without `forward` and `backward` blocks are chosen by the request; without `fused` one kernel computes the
-    gradients of q, k and v where that of all queries of a key head fits (see `fits_fused`). `lanes` is the
-    chip's; tests may pretend that registers are small.
+    Without `forward` and `backward` (all gradients), or `blocks` by name of a kernel, which come first,
+    blocks are chosen by the request. Without `fused` one kernel computes the gradients of q, k and v where
+    that of all queries of a key head fits (see `fits_fused`). `lanes` is the chip's; tests may pretend that
+    registers are small.
     """
 
     name: str = "tpu"
     interpret: Any = False
     forward: Blocks | None = None
     backward: Blocks | None = None
+    blocks: tuple[tuple[str, Blocks], ...] = ()
     fused: bool | None = None
     lanes: int = LANES
 
     def supports(self, request: Request) -> str | None:
-        """TPUs, float32 and bfloat16, every mask, and biases that are dense, Bucketed or ALiBi."""
+        """TPUs, float32 and bfloat16, every mask, and biases of the classes that are known here."""
         if request.platform != "tpu" and not self.interpret:
             return f"it is for TPUs, not {request.platform}"
         if request.dtype not in DTYPES:
             return f"it computes in {' and '.join(DTYPES)}, not {request.dtype}"
-        if not isinstance(request.bias, DenseBias | Bucketed | ALiBi | None):
-            return f"a {describe(request.bias)} bias would need a gather of every pair"
+        if not isinstance(request.bias, DenseBias | Bucketed | ALiBi | Relations | None):
+            return f"the kernels cannot compute a {describe(request.bias)} bias"
         plan = self._plan(request, Terms(request.mask))
         tiles = max(
             plan.batch * plan.groups * (plan.queries // b.rows) * (plan.keys // b.columns)
-            for b in (plan.forward, plan.backward)
+            for b in (plan.forward, plan.backward, plan.query_gradient, plan.key_gradients)
         )
         if tiles > MOST_TILES:
             return f"{tiles} tiles are more than scalar memory lists ({MOST_TILES})"
@@ -83,12 +86,25 @@ class Tpu:
         out, lse = attend(plan, *laid, terms)
         return out[:, :, :queries, : v.shape[3]].swapaxes(1, 2), lse[:, :, :queries]
 
-    def _plan(self, request: Request, terms: Terms) -> Plan:
-        forward, backward = self.forward or forward_blocks(request), self.backward or backward_blocks(request)
-        queries = padded_length(request.queries, max(forward.rows, backward.rows), self.lanes)
-        keys = padded_length(request.keys, max(forward.columns, backward.columns), self.lanes)
+    def candidates(self, request: Request) -> dict[str, tuple[Blocks, ...]]:
+        """Blocks worth a try for the kernels of a request, for `modicum bench attention --tune`."""
+        fused = self._plan(request, Terms(request.mask)).fused
+        gradients = ("backward",) if fused else ("query gradient", "key gradients")
+        return {f"tpu {kernel}": CANDIDATES for kernel in ("forward", *gradients)}
 
-        def fitted(blocks: Blocks) -> Blocks:
+    def with_blocks(self, name: str, blocks: tuple[int, ...]) -> Tpu:
+        """Itself with these for the kernel of that name."""
+        return dataclasses.replace(self, blocks=((name.removeprefix("tpu "), Blocks(*blocks)),))
+
+    def _plan(self, request: Request, terms: Terms) -> Plan:
+        given = {kernel: self.forward if kernel == "forward" else self.backward for kernel in KERNELS}
+        given |= dict(self.blocks)
+        chosen = {kernel: blocks or blocks_for(kernel, request) for kernel, blocks in given.items()}
+        queries = padded_length(request.queries, max(b.rows for b in chosen.values()), self.lanes)
+        keys = padded_length(request.keys, max(b.columns for b in chosen.values()), self.lanes)
+
+        def fitted(kernel: str) -> Blocks:
+            blocks = chosen[kernel]
             columns = fitting_block(keys, blocks.columns, self.lanes)
             chunk = fitting_block(columns, blocks.chunk, self.lanes)
             return Blocks(fitting_block(queries, blocks.rows, self.lanes), columns, chunk)
@@ -105,8 +121,10 @@ class Tpu:
             keys=keys,
             width=width,
             value_width=padded_width(request.value_width, self.lanes),
-            forward=fitted(forward),
-            backward=fitted(backward),
+            forward=fitted("forward"),
+            backward=fitted("backward"),
+            query_gradient=fitted("query gradient"),
+            key_gradients=fitted("key gradients"),
             fused=fused,
             scale=terms.scale,
             soft_cap=terms.soft_cap,

@@ -23,7 +23,7 @@ class Blocks(NamedTuple):
 class Plan:
     """The sizes of a padded call, its blocks, and the constants of the scores.
 
-    `fused`: one kernel has the gradients of q, k and v.
+    `fused`: one kernel has the gradients of q, k and v. Its blocks are `backward`, and the bias's too.
     """
 
     batch: int
@@ -35,6 +35,8 @@ class Plan:
     value_width: int
     forward: Blocks
     backward: Blocks
+    query_gradient: Blocks
+    key_gradients: Blocks
     fused: bool
     scale: float
     soft_cap: float | None

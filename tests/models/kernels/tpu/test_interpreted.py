@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from modicum import InputError
 from modicum.models.kernels import (
     ALiBi,
+    Bias,
     Bucketed,
     Causal,
     Dense,
@@ -30,6 +31,7 @@ from modicum.models.kernels import (
     Window,
     attention,
 )
+from modicum.models.kernels.request import abstract
 from modicum.models.kernels.tpu import Blocks, Tpu
 
 from ..cases import check, computed, request_of
@@ -58,6 +60,16 @@ def case_of(terms, queries=T, keys=S, width=K):
     return Case(q, k, v, terms, d_out, normal(B, H, queries))
 
 
+def relations(groups, most):
+    """Relations up to `most`, of queries to five segments, and buckets for relation 0."""
+    rng = np.random.default_rng(most)
+    draw = lambda high, *shape: rng.integers(0, high, shape)  # noqa: E731
+    sides = [draw(most + 1, B, T, 5), draw(5, B, S), draw(60, B, T), draw(60, 1, S)]
+    sides[0] *= rng.random(sides[0].shape) < 0.5
+    sides += [draw(2, B, T), draw(2, B, S)] if groups else []
+    return Relations(normal(16 + most, H), *sides, buckets=16, max_distance=32)
+
+
 TERMS = {
     "full": Terms(Full(), scale=0.3),
     "causal": Terms(Causal(), scale=0.3),
@@ -76,6 +88,7 @@ TERMS = {
     ),
     "bucketed, one side": Terms(Full(), Bucketed(normal(8, H), False, max_distance=5, offset=-2), scale=0.3),
     "alibi": Terms(Prefix(np.array([3, 0])), ALiBi(abs(normal(H)), offset=2), scale=0.3),
+    "relations, groups": Terms(Causal(5), relations(True, 3), scale=0.3),
     "sinks, dropout": Terms(
         Causal(np.array([-3, 1])), sinks=normal(H), dropout=Dropout(0.3, np.uint32(5)), scale=0.3
     ),
@@ -85,6 +98,11 @@ TERMS = {
 @pytest.mark.parametrize("name", TERMS)
 def test_float32_errs_by_rounding_only(name):
     check(SMALL, case_of(TERMS[name]))
+
+
+def test_relations_beyond_what_bfloat16_holds():
+    """Two bytes of each are multiplied apart; with registers as wide as a chip's, and all else by default."""
+    check(Tpu(interpret=True), case_of(Terms(Full(), relations(False, 300), scale=0.3, soft_cap=2.0)))
 
 
 @pytest.mark.parametrize("name", ["tree, empty rows", "segments, soft cap"])
@@ -182,8 +200,8 @@ def test_what_it_cannot_do_has_a_reason():
     assert tpu.supports(request) is None
     assert tpu.supports(dataclasses.replace(request, platform="cpu")) == "it is for TPUs, not cpu"
     assert "not float64" in tpu.supports(dataclasses.replace(request, dtype="float64"))
-    relations = Relations(*[normal(2, 2)] * 5)
-    assert "gather" in tpu.supports(dataclasses.replace(request, bias=relations))
+    assert tpu.supports(dataclasses.replace(request, bias=abstract(TERMS["relations, groups"].bias))) is None
+    assert "cannot compute a Bias bias" in tpu.supports(dataclasses.replace(request, bias=Bias()))
     assert "tiles" in tpu.supports(dataclasses.replace(request, queries=1 << 20, keys=1 << 20))
     assert "1 queries" in tpu.unfit(dataclasses.replace(request, queries=1))
 
