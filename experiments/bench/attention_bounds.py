@@ -13,11 +13,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import InputError
+
+if TYPE_CHECKING:
+    from .attention_tpu import CompiledCase
 
 BLOCKS = (1024, 1024, 512)
 # Bundles a second and TensorCores a chip. The clocks are those at which four matrix units a core (128 x 128,
@@ -53,14 +56,17 @@ class Bound(NamedTuple):
 
 def measure(chips: tuple[str, ...], widths: tuple[int, ...], report: Callable[[str], None]) -> list[Bound]:
     """The bounds of the chips and widths."""
-    bounds = [Bound(*each) for each in apart("attention_bounds", chips, widths)]
+    bounds = [Bound(*each) for each in apart("attention_bounds", [*chips, *map(str, widths)])]
     for bound in bounds:
         report(f"{bound.chip} {bound.width} {bound.kernel}: {bound.ours} bundles, splash {bound.splash}")
     return bounds
 
 
-def apart(module: str, chips: tuple[str, ...], widths: tuple[int, ...]) -> list[Any]:
-    """What a module here prints as JSON, in a process whose compiler writes its schedules to a folder."""
+def apart(module: str, arguments: Sequence[str]) -> list[Any]:
+    """What a module here prints as JSON, in a process whose compiler writes its schedules to a folder.
+
+    The folder comes before the other arguments.
+    """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         flags += " --xla_jf_dump_llo_pass_label_regex=final_bundles"
@@ -70,11 +76,11 @@ def apart(module: str, chips: tuple[str, ...], widths: tuple[int, ...]) -> list[
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is touched: others may compile at the same time
         }
-        given = [sys.executable, "-m", f"modicum.experiments.bench.{module}", folder, *chips]
-        given += map(str, widths)
+        given = [sys.executable, "-m", f"modicum.experiments.bench.{module}", folder, *arguments]
         done = subprocess.run(given, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InputError(f"compiling for {', '.join(chips)} failed: {done.stderr.strip().splitlines()[-1]}")
+        told = done.stderr.strip().splitlines()[-1]
+        raise InputError(f"compiling for {' '.join(arguments)} failed: {told}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
@@ -145,11 +151,18 @@ def named(found: dict[str, int], name: str) -> int:
 def bundles_of(folder: Path, chip: str, width: int, implementation: Any) -> dict[str, int]:
     """The bundles of each kernel of forward and backward pass, 2048 tokens and two heads."""
     from ...models.kernels import Full, Terms
-    from .attention_tpu import CompiledCase, compile_case
+    from .attention_tpu import CompiledCase
+
+    case = CompiledCase(lambda _: Terms(Full(), scale=1.0), 2048, width=width, heads=2, kv_heads=2, batch=1)
+    return bundles_of_case(folder, case, chip, implementation)
+
+
+def bundles_of_case(folder: Path, case: CompiledCase, chip: str, implementation: Any) -> dict[str, int]:
+    """The bundles of each kernel of a case, compiled by a process that dumps its schedules to the folder."""
+    from .attention_tpu import compile_case
 
     for path in folder.glob("**/*.txt"):
         path.unlink()
-    case = CompiledCase(lambda _: Terms(Full(), scale=1.0), 2048, width, heads=2, kv_heads=2, batch=1)
     compile_case(case, chip, implementation)
     return bundles(folder)
 

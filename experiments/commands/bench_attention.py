@@ -49,6 +49,9 @@ class AttentionBench:
     """Processors for each contender; 0: all."""
     tune: bool = False
     """Instead: try block sizes, and write the best to the table that implementations read."""
+    chips: tuple[Literal["v5e", "v5p", "v6e"], ...] = ()
+    """With --tune: TPUs that need not be there, whose tiles are ranked by the compiler's instruction bundles
+    for full and causal masks; static counts, no times. Needs libtpu."""
     table: Path | None = None
     """Another file than the package's own for that table."""
     out: Path | None = None
@@ -73,6 +76,12 @@ class AttentionBench:
             window=self.window,
             documents=self.documents,
         )
+        if self.chips and not self.tune:
+            raise InputError(
+                f"chips={self.chips} are for --tune; nothing is measured on a chip that is not there"
+            )
+        if self.chips:
+            return self._rank()
         return self._tune(job) if self.tune else self._measure(job)
 
     def _measure(self, job: AttentionJob) -> int:
@@ -105,6 +114,26 @@ class AttentionBench:
             raise InputError(f"rounds={self.rounds} must be at least 1")
         path = self.table or TABLE
         known = read(path if path.exists() else TABLE)
-        path.write_text(written(tune(job, known, lengths=self.lengths, rounds=self.rounds, report=say)))
+        table = tune(job, known, lengths=self.lengths, rounds=self.rounds, without=self.without, report=say)
+        path.write_text(written(table))
         print(f"{path} has the block sizes")
+        return 0
+
+    def _rank(self) -> int:
+        from ...models.kernels.block_sizes import TABLE, read, written
+        from ..bench.attention_tiles import ranked, steps_of
+        from ..bench.attention_tpu import missing
+        from .bench import say
+
+        if self.mask not in ("causal", "full") or self.bias != "none":
+            told = f"mask={self.mask}, bias={self.bias}"
+            raise InputError(f"{told}: --chips ranks tiles for full and causal masks without bias alone")
+        if reason := missing():
+            raise InputError(f"--chips compiles for TPUs: {reason}")
+        path = self.table or TABLE
+        known = read(path if path.exists() else TABLE)
+        steps = steps_of(self.chips, self.width, self.dtype)
+        table = ranked(steps, known, width=self.width, dtype=self.dtype, lengths=self.lengths, report=say)
+        path.write_text(written(table))
+        print(f"{path} has the block sizes, by static counts of bundles and no times")
         return 0

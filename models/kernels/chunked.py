@@ -69,12 +69,14 @@ class Chunked:
         out, lse = _attend(grid, q, k, v, terms)
         return out[:, :queries], lse[:, :, :queries]
 
-    def candidates(self, length: int) -> list[tuple[int, int]]:
-        """Tiles worth a try at a length, for `modicum bench attention --tune`."""
+    def candidates(self, request: Request) -> dict[str, list[tuple[int, int]]]:
+        """Tiles worth a try for a request, for `modicum bench attention --tune`."""
+        length = max(request.queries, request.keys)
         sizes = [size for size in (64, 128, 256, 512) if size <= length] or [length]
-        return [(rows, columns) for rows in sizes for columns in sizes if rows <= 2 * columns <= 4 * rows]
+        pairs = [(rows, columns) for rows in sizes for columns in sizes]
+        return {self.name: [pair for pair in pairs if pair[0] <= 2 * pair[1] <= 4 * pair[0]]}
 
-    def with_blocks(self, blocks: tuple[int, ...]) -> "Chunked":
+    def with_blocks(self, name: str, blocks: tuple[int, ...]) -> "Chunked":
         """Itself with tiles of so many queries and keys."""
         return dataclasses.replace(self, block=(blocks[0], blocks[1]))
 

@@ -158,17 +158,25 @@ def test_tuning_writes_what_chunked_reads(tmp_path, monkeypatch, capsys):
     from modicum.models.kernels.chunked import Chunked
 
     path = tmp_path / "sizes.json"
-    monkeypatch.setattr(Chunked, "candidates", lambda self, length: [(8, 16), (16, 8)])
+    monkeypatch.setattr(Chunked, "candidates", lambda self, request: {"chunked": [(8, 16), (16, 8)]})
     assert AttentionBench(**{**TINY, "rounds": 1}, tune=True, table=path).run() == 0
     entry = next(
         entry for entry in json.loads(path.read_text()) if entry["chip"] == "cpu" and entry["length"] == 32
     )
     assert entry["blocks"] in ([8, 16], [16, 8])
     assert (entry["dtype"], entry["width"], entry["mask"]) == ("float32", 32, "causal")
-    assert "chunked at 32, ms: 8x16" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "chunked at 32, ms: 8x16" in told and "tpu: it is for TPUs, not cpu; its blocks stay" in told
     monkeypatch.setattr(block_sizes, "entries", lambda: tuple(json.loads(path.read_text())))
     q = jnp.ones((1, 32, 2, 8))
     assert Chunked()._targets(q, q, Terms(Causal())) == tuple(entry["blocks"])
+
+
+def test_where_nothing_can_be_timed_the_table_stays_as_it_is(tmp_path):
+    path = tmp_path / "sizes.json"
+    with pytest.raises(InputError, match="nothing on this platform takes block sizes"):
+        AttentionBench(**TINY, tune=True, table=path, without=("chunked",)).run()
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

@@ -63,14 +63,12 @@ def test_lengths_go_to_the_next_longer_entry_and_beyond_the_last(table):
 def test_tpu_kernels_take_the_entry_of_their_own_and_else_constants(table):
     request = Request("tpu", 1, 4096, 4096, 2, 2, 128, 128, "bfloat16", Causal(), None, False)
     table({"length": 512, "blocks": [1, 1]})
-    constants = tpu_blocks.forward_blocks(request), tpu_blocks.backward_blocks(request)
-    assert constants == ((1024, 1024, 512), (1024, 1024, 512))
+    default = (1024, 1024, 512)
+    assert [tpu_blocks.blocks_for(kernel, request) for kernel in tpu_blocks.KERNELS] == [default] * 4
     table({"implementation": "tpu backward", "length": 1024, "blocks": [512, 2048, 256], "width": 128})
-    assert (tpu_blocks.forward_blocks(request), tpu_blocks.backward_blocks(request)) == (
-        constants[0],
-        (512, 2048, 256),
-    )
-    assert tpu_blocks.backward_blocks(dataclasses.replace(request, width=256)) == constants[1]
+    assert tpu_blocks.blocks_for("backward", request) == (512, 2048, 256)
+    assert tpu_blocks.blocks_for("forward", request) == default
+    assert tpu_blocks.blocks_for("backward", dataclasses.replace(request, width=256)) == default
 
 
 @pytest.mark.parametrize(
