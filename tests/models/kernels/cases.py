@@ -105,9 +105,10 @@ def exact(case: Case, dtype: Any = jnp.float32) -> Results:
     repeats = q.shape[2] // k.shape[2]
     k, v = k.repeat(repeats, 2), v.repeat(repeats, 2)
     spans = [Span(0, n) for n in (q.shape[0], q.shape[2], q.shape[1], k.shape[1])]
-    raw = np.einsum("bthk,bshk->bhts", q, k) * terms.scale + tile_of(terms.bias, *spans[2:])
+    allowed, bias = allowed_and_bias(terms, *spans[2:])
+    raw = np.einsum("bthk,bshk->bhts", q, k) * terms.scale + bias
     scores = raw if terms.soft_cap is None else terms.soft_cap * np.tanh(raw / terms.soft_cap)
-    scores = np.where(np.asarray(terms.mask.predicate(*spans[2:])), scores, -np.inf)
+    scores = np.where(allowed, scores, -np.inf)
     weights, of_sinks, lse = softmax(scores, terms.sinks)
     keep = kept(terms.dropout, spans)
     out = np.einsum("bhts,bshk->bthk", weights * keep, v)
@@ -141,24 +142,32 @@ def kept(dropout: Dropout | None, spans: list[Span]) -> Any:
     return 1.0 if dropout is None else np.asarray(dropout.keep(*spans), np.float64) / (1 - dropout.rate)
 
 
-def tile_of(bias: Bias | None, rows: Span, columns: Span) -> Any:
-    """All of a bias, in float64."""
-    if bias is None:
-        return 0.0
+def allowed_and_bias(terms: Terms, rows: Span, columns: Span) -> Any:
+    """What the mask allows, and all of the bias in float64; one program, where single operations are many."""
+
+    def both(mask: Any, bias: Any) -> Any:
+        return mask.predicate(rows, columns), 0.0 if bias is None else bias.tile(rows, columns)
+
     with jax.enable_x64(True):
-        return np.asarray(doubled(bias).tile(rows, columns))
+        step = jax.jit(both, compiler_options=FAST_COMPILE)
+        return jax.tree.map(np.asarray, step(terms.mask, doubled(terms.bias)))
 
 
 def bias_gradient(bias: Bias | None, d_scores: np.ndarray, rows: Span, columns: Span) -> list[Any]:
     """What JAX's own differentiation of the whole bias gives, in float64."""
     if bias is None:
         return []
-    with jax.enable_x64(True):
+
+    def pulled(bias: Any, d_scores: Any) -> Any:
         spread = lambda b: jnp.broadcast_to(b.tile(rows, columns), d_scores.shape)  # noqa: E731
-        return [np.asarray(x) for x in floating(jax.vjp(spread, doubled(bias))[1](jnp.asarray(d_scores))[0])]
+        return floating(jax.vjp(spread, bias)[1](d_scores)[0])
+
+    with jax.enable_x64(True):
+        step = jax.jit(pulled, compiler_options=FAST_COMPILE)
+        return [np.asarray(x) for x in step(doubled(bias), d_scores)]
 
 
-def doubled(bias: Bias) -> Bias:
+def doubled(bias: Bias | None) -> Bias | None:
     """The bias with float64 in the place of float32."""
     return jax.tree.map(lambda x: np.asarray(x, np.float64 if x.dtype == np.float32 else x.dtype), bias)
 

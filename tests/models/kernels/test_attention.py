@@ -1,4 +1,4 @@
-"""Every implementation against the reference, and the reference against the definition in numpy."""
+"""The implementations for every platform, and the reference, against the definition in NumPy."""
 
 import functools
 import itertools
@@ -32,6 +32,10 @@ from modicum.models.kernels.reference import Reference
 from modicum.models.kernels.spans import Span
 from modicum.models.kernels.whole import Whole
 
+from .cases import FAST_COMPILE, computed, exact, largest, listed
+from .drawing import Case
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 B, H, K = 2, 4, 8
 CHUNKED = Chunked(block=8)
 RAGGED, EVEN = (21, 29), (24, 24)  # T, S: with blocks of 8 the first needs padding
@@ -78,40 +82,34 @@ def biases(queries, keys, dtype=np.float64):
     }
 
 
-# compiles in half the time
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+@functools.partial(jax.jit, static_argnums=(0,), compiler_options=FAST_COMPILE)
+def values_and_gradients(implementation, q, k, v, mask, bias, sinks=None):
+    """Output, log-sum-exp and the gradients of a random function of both."""
 
+    def call(q, k, v, bias, sinks):
+        return implementation(q, k, v, Terms(mask, bias, 0.4, sinks=sinks))
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
-def values_and_gradients(implementation, soft_cap, q, k, v, mask, bias, *more):
-    """Output, log-sum-exp and the gradients of a random function of both; `more` are sinks and dropout."""
-
-    def call(q, k, v, bias, sinks=None, dropout=None):
-        return implementation(q, k, v, Terms(mask, bias, 0.4, soft_cap, sinks, dropout))
-
-    (out, lse), pull = jax.vjp(call, q, k, v, bias, *more)
+    (out, lse), pull = jax.vjp(call, q, k, v, bias, sinks)
     keys = jax.random.split(jax.random.key(0))
     cotangents = jax.random.normal(keys[0], out.shape), jax.random.normal(keys[1], lse.shape)
     return out, lse, pull(tuple(c.astype(x.dtype) for c, x in zip(cotangents, (out, lse))))
 
 
-def assert_same(found, wanted, forward, gradient):
-    """Gradients are compared on the scale of the largest."""
-    for name, a, b, tolerance in zip(("output", "lse"), found, wanted, (forward, forward)):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
-    leaves = [x for x in zip(*map(jax.tree.leaves, (found[2], wanted[2]))) if x[0].dtype != jax.dtypes.float0]
-    for i, (a, b) in enumerate(leaves):
-        np.testing.assert_allclose(
-            a, b, rtol=gradient, atol=gradient * max(1, float(abs(b).max())), err_msg=i
-        )
+def assert_defined(implementation, q, k, v, terms, dtype=jnp.float64, forward=1e-10, gradient=1e-10):
+    """Results and gradients are those of the definition in NumPy; gradients on the scale of the largest."""
+    rng, shape = np.random.default_rng(3), (*q.shape[:3], v.shape[3])
+    case = Case(q, k, v, terms, rng.normal(size=shape), rng.normal(size=(B, H, q.shape[1])))
+    found, wanted = computed(implementation, case, dtype), exact(case, dtype)
+    for name in found._fields:
+        for a, b in zip(listed(getattr(found, name)), listed(getattr(wanted, name)), strict=True):
+            tolerance = forward if name in ("out", "lse") else gradient
+            scale = 1 if name in ("out", "lse") else max(1, largest(b))
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=name)
 
 
-def compare(
-    mask, bias, groups, soft_cap, shape, dtype=jnp.float64, forward=1e-10, gradient=1e-10, tested=CHUNKED
-):
-    given = (*arrays(*shape, groups, dtype), masks(*shape)[mask], biases(*shape, dtype)[bias])
-    wanted = values_and_gradients(Reference(), soft_cap, *given)
-    assert_same(values_and_gradients(tested, soft_cap, *given), wanted, forward, gradient)
+def compare(mask, bias, groups, soft_cap, shape, dtype=jnp.float64, tested=CHUNKED, **tolerances):
+    terms = Terms(masks(*shape)[mask], biases(*shape, np.dtype(dtype))[bias], 0.4, soft_cap)
+    assert_defined(tested, *arrays(*shape, groups, dtype), terms, dtype, **tolerances)
 
 
 MASKS, BIASES = list(masks(*EVEN)), list(biases(*EVEN))
@@ -121,22 +119,22 @@ FAST = [(MASKS[i % 10], BIASES[(i + i // 10) % 6], *option) for i, option in enu
 
 
 @pytest.mark.parametrize(("mask", "bias", "groups", "soft_cap", "shape"), FAST, ids=str)
-def test_chunked_is_the_reference_in_float64(x64, mask, bias, groups, soft_cap, shape):
+def test_chunked_is_the_definition_in_float64(x64, mask, bias, groups, soft_cap, shape):
     compare(mask, bias, groups, soft_cap, shape)
 
 
 @pytest.mark.parametrize(("mask", "groups"), list(zip(MASKS, itertools.cycle((4, 2, 1)))), ids=str)
-def test_whole_is_the_reference_in_float64(x64, mask, groups):
+def test_whole_is_the_definition_in_float64(x64, mask, groups):
     compare(mask, "none", groups, None, RAGGED, tested=Whole())
 
 
-def test_whole_is_the_reference_in_float32():
-    compare("full", "none", 4, None, EVEN, jnp.float32, 1e-5, 1e-4, tested=Whole())
+def test_whole_is_the_definition_in_float32():
+    compare("full", "none", 4, None, EVEN, jnp.float32, Whole(), forward=1e-5, gradient=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
-def test_chunked_is_the_reference_in_float64_for_every_mask_and_bias(x64, mask):
+def test_chunked_is_the_definition_in_float64_for_every_mask_and_bias(x64, mask):
     for i, bias in enumerate(BIASES):
         compare(mask, bias, *OPTIONS[(7 * i + 5 * MASKS.index(mask)) % len(OPTIONS)])
 
@@ -150,22 +148,20 @@ def test_chunked_is_the_reference_in_float64_for_every_mask_and_bias(x64, mask):
     ],
     ids=str,
 )
-def test_chunked_is_the_reference_in_float32(mask, bias, groups, soft_cap, shape):
-    compare(mask, bias, groups, soft_cap, shape, jnp.float32, 1e-5, 1e-4)
+def test_chunked_is_the_definition_in_float32(mask, bias, groups, soft_cap, shape):
+    compare(mask, bias, groups, soft_cap, shape, jnp.float32, forward=1e-5, gradient=1e-4)
 
 
 @pytest.mark.parametrize(
     "examples", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
-def test_chunked_is_the_reference_on_random_masks(x64, random_masks, examples):
+def test_chunked_is_the_definition_on_random_masks(x64, random_masks, examples):
     q, k, v = arrays(*RAGGED, 2)
 
     @settings(max_examples=examples, deadline=None, database=None, phases=[Phase.generate])
     @given(mask=random_masks(B, H, *RAGGED))
     def check(mask):
-        given = (q, k, v, mask, None)
-        wanted = values_and_gradients(Reference(), None, *given)
-        assert_same(values_and_gradients(Chunked(block=8), None, *given), wanted, 1e-10, 1e-10)
+        assert_defined(CHUNKED, q, k, v, Terms(mask, None, 0.4))
 
     check()
 
@@ -177,9 +173,8 @@ DROPOUT = Dropout(0.3, np.uint32(7))
 @pytest.mark.parametrize("sinks", [None, np.array([0.5, -1, 3, -np.inf])], ids=["", "sinks"])
 def test_chunked_has_sinks_and_dropout(x64, sinks, dropout):
     shape = RAGGED
-    given = (*arrays(*shape, 2), masks(*shape)["segments"], biases(*shape)["bucketed"], sinks, dropout)
-    wanted = values_and_gradients(Reference(), 2.0, *given)
-    assert_same(values_and_gradients(CHUNKED, 2.0, *given), wanted, 1e-10, 1e-10)
+    terms = Terms(masks(*shape)["segments"], biases(*shape)["bucketed"], 0.4, 2.0, sinks, dropout)
+    assert_defined(CHUNKED, *arrays(*shape, 2), terms)
 
 
 def test_a_sink_is_a_key_without_a_value(x64):
@@ -189,8 +184,8 @@ def test_a_sink_is_a_key_without_a_value(x64):
     bias = jnp.concatenate(
         [jnp.broadcast_to(sinks[:, None, None], (1, H, RAGGED[0], 1)), jnp.zeros((1, H, *RAGGED))], -1
     )
-    found = Reference()(q, k, v, Terms(Full(), None, 0.4, sinks=sinks))
-    wanted = Reference()(q, more(k), more(v), Terms(Full(), DenseBias(bias), 0.4))
+    found = jax.jit(lambda: Reference()(q, k, v, Terms(Full(), None, 0.4, sinks=sinks)))()
+    wanted = jax.jit(lambda: Reference()(q, more(k), more(v), Terms(Full(), DenseBias(bias), 0.4)))()
     for a, b in zip(found, wanted):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
@@ -200,7 +195,7 @@ def test_a_query_without_keys_has_its_sink(x64, implementation):
     sinks = np.array([0.5, -1, 3, 0])
     mask = Lengths(np.array([0, 29]))
     out, lse, (dq, dk, dv, _, d_sinks) = values_and_gradients(
-        implementation, None, *arrays(*RAGGED, 2), mask, None, sinks
+        implementation, *arrays(*RAGGED, 2), mask, None, sinks
     )
     assert (out[0] == 0).all() and (lse[0] == sinks[:, None]).all()
     assert all((x[0] == 0).all() and jnp.isfinite(x).all() for x in (dq, dk, dv))
@@ -211,17 +206,18 @@ def test_dropout_multiplies_the_weights(x64):
     q, k, v = arrays(*RAGGED, H)
     pattern = attention_probabilities(q, k, mask=Causal(), scale=0.4)
     keep = DROPOUT.keep(*(Span(0, n) for n in pattern.shape)) / 0.7
-    out, lse = attention(q, k, v, mask=Causal(), scale=0.4, dropout=DROPOUT, impl="chunked", return_lse=True)
+    attend = functools.partial(attention, q, k, v, mask=Causal(), scale=0.4, return_lse=True)
+    out, lse = jax.jit(lambda: attend(dropout=DROPOUT, impl="chunked"))()
     np.testing.assert_allclose(out, jnp.einsum("bhts,bshk->bthk", pattern * keep, v), atol=1e-12)
-    plain = attention(q, k, v, mask=Causal(), scale=0.4, impl="reference", return_lse=True)[1]
+    plain = jax.jit(lambda: attend(impl="reference"))()[1]
     np.testing.assert_allclose(lse, plain, atol=1e-12)
 
 
 def test_reference_is_the_definition(x64):
     q, k, v = (np.asarray(x) for x in arrays(*RAGGED, 2))
     mask, bias = masks(*RAGGED)["tree"], biases(*RAGGED)["dense"]
-    found = values_and_gradients(Reference(), 5.0, q, k, v, mask, bias)
-    out, lse = np.asarray(found[0]), np.asarray(found[1])
+    step = jax.jit(lambda *given: Reference()(*given, Terms(mask, bias, 0.4, 5.0)))
+    out, lse = map(np.asarray, step(q, k, v))
     allowed = np.asarray(mask.predicate(Span(0, RAGGED[0]), Span(0, RAGGED[1])))
     allowed = np.broadcast_to(allowed, (B, H, *RAGGED))
     for b, h, t in np.ndindex(B, H, RAGGED[0]):
@@ -231,6 +227,10 @@ def test_reference_is_the_definition(x64):
         np.testing.assert_allclose(lse[b, h, t], np.log(weights.sum()) if live.any() else -np.inf)
         expected = weights / max(weights.sum(), 1e-300) @ v[b, live, h // 2]
         np.testing.assert_allclose(out[b, t, h], expected, atol=1e-14)
+
+
+def test_gradients_of_the_reference_are_those_of_the_definition(x64):
+    compare("tree", "dense", 2, 2.0, RAGGED, tested=Reference())
 
 
 def test_gradients_of_the_reference_are_those_of_differences(x64):
@@ -248,7 +248,7 @@ def test_gradients_of_the_reference_are_those_of_differences(x64):
 def test_a_query_without_keys_gives_nothing_and_learns_nothing(x64, implementation):
     q, k, v = arrays(*RAGGED, 2)
     mask = Lengths(jnp.array([0, 29])) & ~(Window(0, 0) | ~Causal())  # row 0, and query 0 of row 1
-    out, lse, (dq, dk, dv, _) = values_and_gradients(implementation, None, q, k, v, mask, None)
+    out, lse, (dq, dk, dv, *_) = values_and_gradients(implementation, q, k, v, mask, None)
     assert (out[0] == 0).all() and (lse[0] == -jnp.inf).all()
     assert (out[1, 0] == 0).all() and (lse[1, :, 0] == -jnp.inf).all()
     assert (dq[0] == 0).all() and (dk[0] == 0).all() and (dv[0] == 0).all() and (dq[1, 0] == 0).all()
@@ -259,9 +259,9 @@ def test_a_query_without_keys_gives_nothing_and_learns_nothing(x64, implementati
 def test_bfloat16_errs_no_more_than_twice_the_plain_softmax(x64):
     exact = arrays(*EVEN, 2)
     half = [x.astype(jnp.bfloat16) for x in exact]
-    wanted = values_and_gradients(Reference(), None, *(x.astype(jnp.float64) for x in half), Causal(), None)
-    plain = values_and_gradients(Reference(), None, *half, Causal(), None)
-    ours = values_and_gradients(Chunked(block=8), None, *half, Causal(), None)
+    wanted = values_and_gradients(Reference(), *(x.astype(jnp.float64) for x in half), Causal(), None)
+    plain = values_and_gradients(Reference(), *half, Causal(), None)
+    ours = values_and_gradients(Chunked(block=8), *half, Causal(), None)
     names = ("out", "lse", "dq", "dk", "dv")
     for name, right, *two in zip(names, *map(jax.tree.leaves, (wanted, ours, plain))):
         error, limit = (float(abs(x.astype(jnp.float64) - right).max()) for x in two)
@@ -350,17 +350,14 @@ def test_shard_map_sums_the_gradient_of_what_all_devices_share(x64):
 def test_probabilities_give_the_output(x64):
     q, k, v = arrays(*RAGGED, 2)
     pattern = attention_probabilities(q, k, mask=Causal(), scale=0.4)
-    out = attention(q, k, v, mask=Causal(), scale=0.4, impl="chunked")
+    out = jax.jit(functools.partial(attention, mask=Causal(), scale=0.4, impl="chunked"))(q, k, v)
     np.testing.assert_allclose(pattern.sum(-1), 1)
     np.testing.assert_allclose(jnp.einsum("bhts,bshk->bthk", pattern, v.repeat(2, 2)), out, atol=1e-12)
 
 
 def test_values_may_have_another_width(x64):
     q, k, v = arrays(*RAGGED, 2)
-    given = (q, k, v[..., :3], Causal(), None)
-    found, wanted = (values_and_gradients(i, None, *given) for i in (Chunked(block=8), Reference()))
-    assert found[0].shape == (B, RAGGED[0], H, 3)
-    assert_same(found, wanted, 1e-10, 1e-10)
+    assert_defined(CHUNKED, q, k, v[..., :3], Terms(Causal(), scale=0.4))
 
 
 def test_memory_grows_with_the_length_and_not_its_square():

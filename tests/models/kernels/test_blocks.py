@@ -1,5 +1,9 @@
 """The block map promises: SKIP holds no allowed pair, FULL no forbidden one."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,14 +14,24 @@ from modicum.models.kernels.blocks import FULL, PARTIAL, SKIP, Grid, dynamic_blo
 from modicum.models.kernels.masks import describe
 from modicum.models.kernels.spans import Span
 
+from .cases import FAST_COMPILE
+
 BATCH, HEADS = 2, 3
 GRIDS = [Grid(13, 17, 4, 4), Grid(16, 16, 4, 8), Grid(1, 17, 1, 5)]
 
 
-def tiles_of(mask: Mask, grid: Grid):
+@functools.partial(jax.jit, static_argnums=1, compiler_options=FAST_COMPILE)
+def pairs_and_blocks(mask: Mask, grid: Grid):
+    """Of all pairs and of all tiles; one program, where single operations are many."""
+    pairs = mask.predicate(Span(0, grid.queries), Span(0, grid.keys))
+    return (
+        jnp.broadcast_to(pairs, (BATCH, HEADS, grid.queries, grid.keys)),
+        jnp.broadcast_to(dynamic_blocks(mask, grid), (BATCH, HEADS, *grid.shape)),
+    )
+
+
+def tiles_of(pairs: np.ndarray, grid: Grid):
     """For each tile its place and its pairs `[B, H, t, s]`."""
-    pairs = np.asarray(mask.predicate(Span(0, grid.queries), Span(0, grid.keys)))
-    pairs = np.broadcast_to(pairs, (BATCH, HEADS, grid.queries, grid.keys))
     for i, j in np.ndindex(*grid.shape):
         rows = slice(i * grid.rows, (i + 1) * grid.rows)
         yield (i, j), pairs[:, :, rows, j * grid.columns : (j + 1) * grid.columns]
@@ -25,8 +39,8 @@ def tiles_of(mask: Mask, grid: Grid):
 
 def assert_sound(mask: Mask, grid: Grid):
     static = static_blocks(mask, grid)
-    dynamic = np.broadcast_to(np.asarray(dynamic_blocks(mask, grid)), (BATCH, HEADS, *grid.shape))
-    for (i, j), pairs in tiles_of(mask, grid):
+    every, dynamic = map(np.asarray, pairs_and_blocks(mask, grid))
+    for (i, j), pairs in tiles_of(every, grid):
         for found, allowed in [(static[i, j], pairs)] + [
             (dynamic[b, h, i, j], pairs[b, h]) for b, h in np.ndindex(BATCH, HEADS)
         ]:
@@ -63,8 +77,9 @@ def test_intervals_are_decided_exactly():
         Lengths(9),
         Full(),
     ):
-        for found in (static_blocks(mask, grid), np.asarray(dynamic_blocks(mask, grid))[0, 0]):
-            for place, pairs in tiles_of(mask, grid):
+        every, dynamic = map(np.asarray, pairs_and_blocks(mask, grid))
+        for found in (static_blocks(mask, grid), dynamic[0, 0]):
+            for place, pairs in tiles_of(every, grid):
                 exact = FULL if pairs.all() else PARTIAL if pairs.any() else SKIP
                 assert found[place] == exact, (describe(mask), place)
 
