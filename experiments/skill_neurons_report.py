@@ -9,23 +9,33 @@ from typing import Any
 
 import numpy as np
 
-from ..research.neurons import bootstrap, over_trials
-from ..research.neurons.figures import curves, heat_maps, label_histograms
+from ..research.neurons import bootstrap
+from ..research.neurons.figures import curves, interval_bars, label_histograms
 from ..research.neurons.perturbation import Interval
-from ..research.neurons.relations import OVERLAPS, agreement, matrix, same_kind, spearman
 from ..research.study.runs import write_atomically
 from ..research.study.tables import Cell, Measured, Table
+from .skill_neurons_relations import layer_table, relations
 
 Found = Mapping[str, Any]
 
 
-def write_report(folder: Path, found: Found, kinds: Mapping[str, str], page: Path | None) -> str:
-    """Write tables and figures under `folder`, and all of it into `page`; return the text."""
+def write_report(
+    folder: Path,
+    found: Found,
+    kinds: Mapping[str, str],
+    page: Path | None,
+    parts_trained: Sequence[float],
+) -> str:
+    """Write tables and figures under `folder`, and all of it into `page`; return the text.
+
+    `parts_trained` are the study's checkpoints.
+    """
     figures = folder / "figures" if page is None else page.with_suffix("")
     names = list(dict.fromkeys(name for name, _ in found["trial"]))
     seeds = sorted({seed for _, seed in found["trial"]})
     measured = sorted({seed for _, seed in found["effects"]})
-    similar, verdicts = relations(found, names, seeds, measured, [kinds[name] for name in names], figures)
+    similar = relations(found, names, seeds, measured, [kinds[name] for name in names], figures)
+    verdicts = _verdicts(found, names, seeds, measured, similar.rows[0])
     parts = []
     for title, table in (
         ("Single neurons beside the prompt", accuracy_table(found, names, seeds)),
@@ -34,11 +44,15 @@ def write_report(folder: Path, found: Found, kinds: Mapping[str, str], page: Pat
         ("Speed", speed_table(found["speed"])),
         ("Transfer of prompts", transfer_table(found, names, measured)),
         ("What tasks have in common", similar),
+        ("By layer", layer_table(found, names, seeds, [kinds[name] for name in names])),
+        ("Functional experts", modules_table(found, names, measured)),
+        ("When predictivities settle", stability_table(found, names, measured, parts_trained)),
     ):
         table.write(folder / "tables", title.lower().replace(" ", "-"))
         parts.append(f"## {title}\n\n{table.caption}\n\n{table.markdown()}")
     perturbation_figure(found, names, measured, figures / "perturbation.png")
     neuron_figure(found["values"], figures / "neuron.png")
+    modules_figure(found, names, measured, figures / "modules.png")
     shown = [f"![{path.stem}]({figures.name}/{path.name})" for path in sorted(figures.glob("*.png"))]
     text = "\n".join([*parts, "".join(f"* {line}\n" for line in verdicts), *(f"{line}\n" for line in shown)])
     if page is not None:
@@ -163,69 +177,76 @@ def transfer_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> 
     return Table(("task", *sources), rows, caption)
 
 
-def relations(
-    found: Found,
-    names: Sequence[str],
-    seeds: Sequence[int],
-    measured: Sequence[int],
-    kinds: Sequence[str],
-    figures: Path,
-) -> tuple[Table, list[str]]:
-    """A row a measure of similarity: within and between kinds, and whether it says whose prompt serves."""
-    transfer = np.array(
-        [
-            [fmean(found["transfer"][target, seed][source] for seed in measured) for source in names]
-            for target in names
-        ]
-    )
-    relative = transfer / np.diag(transfer)[:, None]
-    maps = similarities(found, names, seeds)
+def modules_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> Table:
+    """A row a task: whether its neurons lie together in experts, and what such experts are worth."""
     rows: list[tuple[Cell, ...]] = []
-    for title, similarity in maps.items():
-        contrast, told = same_kind(similarity, kinds), agreement(similarity, relative)
+    for name in names:
+        runs = [found["modules"][name, seed] for seed in seeds]
+
+        def mean(key: str, runs: Sequence[Mapping[str, Any]] = runs) -> float:
+            return fmean(run[key] for run in runs)
+
+        gaps = [_held_gap(runs, what) for what in ("experts", "neurons")]
         rows.append(
-            (title, round(contrast.same, 3), round(contrast.different, 3), round(contrast.p, 3),
-             round(told.correlation, 2), round(told.p, 3))
+            (name, f"{runs[0]['functional']} of {runs[0]['of']}", round(100 * mean("together"), 1),
+             round(100 * mean("random"), 1), f"{max(run['p'] for run in runs):.3f}",
+             round(100 * mean("untrained_together"), 1), *(str(gap) for gap in gaps))
         )  # fmt: skip
-    heat_maps(figures / "similarity.png", dict(list(maps.items())[:2]), names, names)
-    heat_maps(figures / "overlap.png", dict(list(maps.items())[2:]), names, names)
-    heat_maps(
-        figures / "transfer.png", {"probe accuracy relative to the task's own prompt": relative}, names, names
-    )
-    layers = found["trial"][names[0], seeds[0]]["by_layer"]
-    best = np.array([np.mean([found["trial"][n, s]["by_layer"] for s in seeds], 0) for n in names])
-    heat_maps(
-        figures / "layers.png",
-        {"best predictivity on dev": best},
-        names,
-        [f"layer {i}" for i in range(len(layers))],
-    )
-    columns = ("similarity", "same kind", "different kind", "p", "with transfer", "p of that")
+    columns = (
+        "task", "functional experts", "together %", "random %", "p", "untrained %", "experts held",
+        "neurons held",
+    )  # fmt: skip
     caption = (
-        "Mean similarity of tasks of one kind and of different kinds, p by permuting tasks (one-sided); "
-        "Spearman correlation with transfer relative to the task's own prompt, p by Mantel's test. Kinds: "
-        f"{', '.join(f'{name} {kind}' for name, kind in zip(names, kinds))}."
+        "The twentieth of each layer's neurons that predicts best, in experts of like input weights. "
+        "Functional: experts with more of these than chance (hypergeometric test, p ≤ 0.001). Together: "
+        "pairs of them that share an expert, beside random partitions of the same sizes and the p-value of "
+        "that; untrained: of the prompt before training. Held: points of test accuracy that it costs more to "
+        "hold at their means the neurons of the experts with most of them than those of random experts, and "
+        "the most predictive neurons than random ones, as many each time; 95% intervals over test examples."
     )
-    return Table(columns, tuple(rows), caption), _verdicts(found, names, seeds, measured, rows[0])
+    return Table(columns, tuple(rows), caption)
 
 
-def similarities(found: Found, names: Sequence[str], seeds: Sequence[int]) -> dict[str, np.ndarray]:
-    """Matrices `[N, N]` by measure, in the mean over layers; of trained and of untrained prompts."""
+def _held_gap(runs: Sequence[Mapping[str, Any]], what: str) -> Interval:
+    """Random less chosen, over examples, where `what` (experts or neurons) are held at their means."""
+    differences = []
+    for run in runs:
 
-    def joined(key: str) -> dict[str, np.ndarray]:
-        return {n: over_trials([found["arrays"][n, seed][key] for seed in seeds]).mean(0) for n in names}
+        def right(label: str, run: Mapping[str, Any] = run) -> np.ndarray:
+            return np.isin(np.arange(run["rows"]), run["correct"][label]).astype(float)
 
-    def states(name: str, seed: int) -> np.ndarray:
-        return found["arrays"][name, seed]["states"]
+        controls = [right(label) for label in run["correct"] if label.startswith(f"random {what}")]
+        differences.append(np.mean(controls, 0) - right(what))
+    return bootstrap(100 * np.mean(differences, 0))
 
-    maps = {
-        "Spearman of predictivity": matrix(joined("predictivity"), spearman),
-        "the same, untrained prompt": matrix(joined("untrained"), spearman),
+
+def modules_figure(found: Found, names: Sequence[str], seeds: Sequence[int], path: Path) -> None:
+    """What holding a task's experts at their means costs beyond random ones, and its single neurons."""
+    runs = {name: [found["modules"][name, seed] for seed in seeds] for name in names}
+    bars = {
+        f"{what}: random less the task's": [_held_gap(runs[name], what) for name in names]
+        for what in ("experts", "neurons")
     }
-    for title, measure in OVERLAPS.items():
-        each = [matrix({name: states(name, seed) for name in names}, measure) for seed in seeds]
-        maps[f"activated: {title}"] = np.mean(each, 0)
-    return maps
+    title = "Neurons held at their means: the task's experts and neurons beside random ones"
+    interval_bars(path, title, names, bars, "points of test accuracy, with 95% intervals over examples")
+
+
+def stability_table(
+    found: Found, names: Sequence[str], seeds: Sequence[int], parts: Sequence[float]
+) -> Table:
+    """A row a task: how alike predictivities are from one checkpoint of the prompt to the next."""
+    steps = [f"{one:.0%} to {two:.0%}" for one, two in zip((0.0, *parts), (*parts, 1.0))]
+    rows: list[tuple[Cell, ...]] = []
+    for name in names:
+        runs = [found["modules"][name, seed]["stability"] for seed in seeds]
+        for what in runs[0]:
+            each = np.mean([run[what] for run in runs], 0)
+            rows.append((name, what, *(round(float(value), 2) for value in each)))
+    caption = (
+        "Rank correlation of predictivities between checkpoints of the prompt's training, in the mean over "
+        "layers: of single neurons, of experts' means, and of the means of random groups as large."
+    )
+    return Table(("task", "of", *steps), tuple(rows), caption)
 
 
 def perturbation_figure(found: Found, names: Sequence[str], seeds: Sequence[int], path: Path) -> None:

@@ -33,11 +33,12 @@ from ..research.neurons import (
 from ..research.neurons.interventions import Intervention
 from ..research.neurons.reading import Batch, model_inputs, real_places
 from ..research.training.config import OptimizerConfig, TrainingConfig
-from ..research.training.trials import HEAD, Trials
+from ..research.training.trials import HEAD, Trial, Trials
 from .delta_methods import Backbone
 from .delta_tasks import Task, TaskRows
 
 PROMPT = "~soft_prompt"
+ARRAYS = "arrays.safetensors"
 ROWS = 32  # of a batch that is read
 
 
@@ -112,6 +113,10 @@ class Work:
         own = {key: value for key, value in stored.items() if "~" in key}
         return {"delta": unflatten_dict(own, sep="/"), "delta_state": {}}
 
+    def variables_of(self, trial: Trial) -> dict[str, Any]:
+        """A trial's variables, on the host."""
+        return jax.device_get(trial.variables)
+
     def read(self, variables: Mapping[str, Any]) -> tuple[np.ndarray, Accuracy, Accuracy]:
         """Baselines on training texts, accuracies on dev and on test."""
         probe, arrays = self.programs.predictivity, self.arrays(variables)
@@ -120,6 +125,12 @@ class Work:
             probe.accuracy(arrays, self.batches(rows), thresholds) for rows in (self.rows.dev, self.rows.test)
         )
         return thresholds, dev, test
+
+    def predictivity(self, variables: Mapping[str, Any]) -> np.ndarray:
+        """Predictivities on dev `[S, L, F]`, with baselines on training texts."""
+        probe, arrays = self.programs.predictivity, self.arrays(variables)
+        thresholds = probe.thresholds(arrays, self.batches(self.read_rows))
+        return probe.accuracy(arrays, self.batches(self.rows.dev), thresholds).by_neuron()
 
     @cached_property
     def untrained(self) -> tuple[Accuracy, Accuracy]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ... import InputError
-from .study_neurons import SkillNeurons
+from .study_neurons import EmotionNeurons, SkillNeurons
 from .study_planner import CostClaims, PlannerCompiled, PlannerValidation
 from .study_sparsity import Moefication
 
@@ -94,6 +94,7 @@ Choice = (
     | Annotated[FewSamples, tyro.conf.subcommand("few-samples")]
     | Annotated[Moefication, tyro.conf.subcommand("moefication")]
     | Annotated[SkillNeurons, tyro.conf.subcommand("skill-neurons")]
+    | Annotated[EmotionNeurons, tyro.conf.subcommand("emotion-neurons")]
     | Annotated[PlannerValidation, tyro.conf.subcommand("planner-validation")]
     | Annotated[PlannerCompiled, tyro.conf.subcommand("planner-compiled")]
     | Annotated[CostClaims, tyro.conf.subcommand("cost-claims")]

