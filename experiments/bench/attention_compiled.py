@@ -145,17 +145,23 @@ def compile_all(chosen: str = "", report: Callable[[str], None] = print) -> list
 
 def compile_shape(shape: Shape) -> list[CompiledKernel]:
     """Its kernels, in the order in which they are compiled."""
+    compile_one = _compile_decoding if shape.page else _compile
+    return compiled_kernels(shape.name, lambda: compile_one(shape))
+
+
+def compiled_kernels(name: str, compile_them: Callable[[], object]) -> list[CompiledKernel]:
+    """What is said of the kernels that `compile_them` compiles, in their order, under the name of a shape."""
     flags = ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_HOST_LLVM")
     before = {name: os.environ.get(name) for name in flags}
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(dict(zip(flags, (folder, "1", "1"))))
         try:
-            _compile_decoding(shape) if shape.page else _compile(shape)
+            compile_them()
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         reports = sorted(Path(folder).glob("*.ptxas"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
-        return [_read(shape, path) for path in reports]
+        return [_read(name, path) for path in reports]
 
 
 def _compile(shape: Shape) -> None:
@@ -165,7 +171,7 @@ def _compile(shape: Shape) -> None:
 
     from ...models.kernels.hopper import Hopper
 
-    make, hopper = _maker(), Hopper(deterministic=shape.deterministic)
+    make, hopper = maker(), Hopper(deterministic=shape.deterministic)
     q, k = (
         make((shape.batch, shape.length, heads, shape.width), shape.dtype)
         for heads in (shape.heads, shape.kv_heads)
@@ -187,7 +193,7 @@ def _compile_decoding(shape: Shape) -> None:
     from ...models.kernels import Paged
     from ...models.kernels.hopper.decoding import HopperPages
 
-    make, room = _maker(), shape.length // shape.page
+    make, room = maker(), shape.length // shape.page
     pages = Paged(
         make((shape.batch * room, shape.page, shape.kv_heads, shape.width), shape.dtype),
         make((shape.batch, room), "int32"),
@@ -198,7 +204,7 @@ def _compile_decoding(shape: Shape) -> None:
 
 
 @functools.cache
-def _maker() -> Callable[..., Any]:
+def maker() -> Callable[..., Any]:
     """Makes shapes that live on a described H100."""
     import jax
     import numpy as np
@@ -215,13 +221,13 @@ def _maker() -> Callable[..., Any]:
     return make
 
 
-def _read(shape: Shape, path: Path) -> CompiledKernel:
+def _read(shape: str, path: Path) -> CompiledKernel:
     """From ptxas's report and, for shared memory, the code that launches the kernel."""
     text, launch = path.read_text(), path.with_suffix(".ll").read_text()
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
     memory = re.findall(r"@mosaic_gpu_get_function\(ptr [^,]+, ptr [^,]+, i32 (\d+)", launch)
     return CompiledKernel(
-        shape.name,
+        shape,
         # Pallas renames a kernel that is given a reference
         path.stem.rsplit("_", 1)[0].replace("new_body", "attention_fused_gradient"),
         max(int(count) for count in re.findall(r"Used (\d+) registers", text)),

@@ -1,8 +1,8 @@
 """Feed-forward layers of which each token uses some experts: one front, one reference, one file a way.
 
 `front` has `sparse_feed_forward()`, `experts` the weights it takes, `registry` chooses the implementation of
-a `request`: `tpu` (Pallas), `native` (C++ on CPUs, compiled on demand), `gather` (XLA, for few tokens),
-`mask` (the reference, for many), by name `steps`.
+a `request`: `tpu` and `hopper` (Pallas), `native` (C++ on CPUs, compiled on demand), `gather` (XLA, for few
+tokens), `mask` (the reference, for many), by name `steps`.
 """
 
 from .experts import Experts

@@ -26,7 +26,7 @@ from jax import Array
 from .... import InputError
 from ..request import PARTITIONED
 from .experts import Experts
-from .gather import Gather
+from .gradient import with_gathered_gradient
 from .request import SparseRequest
 
 logger = logging.getLogger("modicum.kernels")
@@ -74,10 +74,9 @@ class Native:
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
         """`[N, D]`; the backward pass is that of `gather`."""
         register()
-        return _call(x, experts.without_output_bias(), chosen)
+        return with_gathered_gradient(_call, x, experts.without_output_bias(), chosen)
 
 
-@jax.custom_vjp
 def _call(x: Array, experts: Experts, chosen: Array) -> Array:
     nothing = jnp.zeros((0,), jnp.float32)
     given = (experts.gate, experts.up_bias, experts.gate_bias)
@@ -85,19 +84,6 @@ def _call(x: Array, experts: Experts, chosen: Array) -> Array:
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype), vmap_method="sequential")
     number = np.int64(ACTIVATIONS.index(experts.activation))
     return call(x, experts.up, *optional, experts.down, chosen.astype(jnp.int32), activation=number)
-
-
-def _forward(x: Array, experts: Experts, chosen: Array) -> tuple[Array, tuple[Array, Experts, Array]]:
-    return _call(x, experts, chosen), (x, experts, chosen)
-
-
-def _backward(kept: tuple[Array, Experts, Array], cotangent: Array) -> tuple:
-    x, experts, chosen = kept
-    _, pull = jax.vjp(lambda x, experts: Gather()(x, experts, chosen), x, experts)
-    return *pull(cotangent), np.zeros(chosen.shape, jax.dtypes.float0)
-
-
-_call.defvjp(_forward, _backward)
 
 
 def compiler() -> str | None:

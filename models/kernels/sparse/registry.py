@@ -6,13 +6,21 @@ import functools
 
 from ..registry import pick
 from .gather import Gather
+from .hopper import SparseHopper
 from .mask import Mask
 from .native import Native
 from .request import SparseImplementation, SparseRequest
 from .steps import Steps
 from .tpu import SparseTpu
 
-IMPLEMENTATIONS: tuple[SparseImplementation, ...] = (SparseTpu(), Native(), Gather(), Mask(), Steps())
+IMPLEMENTATIONS: tuple[SparseImplementation, ...] = (
+    SparseTpu(),
+    SparseHopper(),
+    Native(),
+    Gather(),
+    Mask(),
+    Steps(),
+)
 
 
 def implementations() -> tuple[SparseImplementation, ...]:

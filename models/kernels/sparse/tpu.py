@@ -11,13 +11,11 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
-import numpy as np
 from jax import Array
 
 from ..request import PARTITIONED
 from .experts import Experts
-from .gather import Gather
+from .gradient import with_gathered_gradient
 from .request import SparseRequest
 
 LANES = 128
@@ -62,24 +60,7 @@ class SparseTpu:
 
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
         """`[N, D]`; the backward pass is that of `gather`."""
-        return _call(self.interpret, x, experts.without_output_bias(), chosen)
+        from .tpu_kernel import run
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _call(interpret: Any, x: Array, experts: Experts, chosen: Array) -> Array:
-    from .tpu_kernel import run
-
-    return run(interpret, x, experts, chosen)
-
-
-def _forward(interpret: Any, x: Array, experts: Experts, chosen: Array) -> tuple[Array, Any]:
-    return _call(interpret, x, experts, chosen), (x, experts, chosen)
-
-
-def _backward(interpret: Any, kept: Any, cotangent: Array) -> tuple[Any, ...]:
-    x, experts, chosen = kept
-    _, pull = jax.vjp(lambda x, experts: Gather()(x, experts, chosen), x, experts)
-    return *pull(cotangent), np.zeros(chosen.shape, jax.dtypes.float0)
-
-
-_call.defvjp(_forward, _backward)
+        compute = functools.partial(run, self.interpret)
+        return with_gathered_gradient(compute, x, experts.without_output_bias(), chosen)
