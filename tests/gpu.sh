@@ -23,7 +23,8 @@ print("JAX", jax.__version__, "on", len(jax.devices("gpu")), d.device_kind)'
 # many processes on one GPU: none may take all of its memory
 if $python -c 'import xdist' 2>/dev/null; then parallel="-n 6"; else parallel=; fi
 XLA_PYTHON_CLIENT_PREALLOCATE=false timeout 270 \
-    $python -m pytest -m gpu -q -rs --durations=5 $parallel -p no:cacheprovider tests/models/kernels/hopper/test_on_gpu.py
+    $python -m pytest -m gpu -q -rs --durations=5 $parallel -p no:cacheprovider \
+    tests/models/kernels/hopper/test_on_gpu.py tests/models/kernels/hopper/test_sparse.py
 
 $python -m modicum.experiments.bench.attention_gpu "$out" --minutes "${2:-6}"
 $python -m modicum.experiments.bench.decode_gpu --out "$out/decode"

@@ -52,10 +52,22 @@ def inputs(tokens, width=320):
 def test_interpreted_it_is_the_reference(activation, gated, biased, size, tokens):
     """Five tiles of x are more than are on their way at once; 48 neurons are three pieces."""
     gpu_callbacks.reset_gpu_interpret_mode_state()
-    experts, (x, chosen) = drawn(activation, gated, biased, size), inputs(tokens)
-    assert KERNEL.supports(sparse_request(x, experts, chosen)) is None
-    found = KERNEL(x, experts, chosen)
+    check(KERNEL, drawn(activation, gated, biased, size), *inputs(tokens))
     assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["relu", "relu2", "gelu_tanh", "silu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_on_a_gpu_it_is_the_reference(activation, tokens):
+    experts = drawn(activation, gated=activation == "silu", biased=True, size=128, experts=32, width=4096)
+    check(SparseHopper(), experts, *inputs(tokens, 4096))
+
+
+def check(kernel, experts, x, chosen):
+    """No more than twice the error that XLA makes in the same type."""
+    assert kernel.supports(sparse_request(x, experts, chosen)) is None
+    found = kernel(x, experts, chosen)
     assert found.dtype == x.dtype
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), experts)
     exact = Mask()(x.astype(jnp.float32), wide, chosen)
