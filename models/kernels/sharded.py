@@ -149,18 +149,28 @@ def share_heads(heads: int, kv_heads: int, axes: tuple[str, ...], ways: int) -> 
     return Heads(axes, how)
 
 
+@functools.lru_cache(maxsize=256)
+def share_rows(rows: int, axes: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    """Over which mesh axes, of these names and sizes, batch rows lie: the first ones, as far as they divide.
+
+    What is left out is logged, once for the same rows and axes however many layers ask.
+    """
+    free = [axis for axis in axes if axis[1] > 1]
+    while free and rows % math.prod(size for _, size in free):
+        told = "×".join(name for name, _ in free)
+        logger.info("attention: %d rows do not divide over %s: not split over the last", rows, told)
+        free.pop()
+    return tuple(name for name, _ in free)
+
+
 def _fitting(axes: MeshAxes, mesh: Mesh | AbstractMesh, manual: set[str], q: Array, k: Array) -> MeshAxes:
     """`axes` without those that are manual already, or split nothing, or do not divide the batch."""
-    free = [axis for axis in axes.batch if axis not in manual and mesh.shape[axis] > 1]
-    while free and q.shape[0] % math.prod(mesh.shape[axis] for axis in free):
-        logger.info(
-            "attention: %d rows do not divide over %s: not split over the last", q.shape[0], "×".join(free)
-        )
-        free.pop()
+    free = tuple((axis, mesh.shape[axis]) for axis in axes.batch if axis not in manual)
+    batch = share_rows(q.shape[0], free)
     heads = tuple(axis for axis in axes.heads if axis not in manual and mesh.shape[axis] > 1)
     length = axes.length
     if length is None or length in manual or mesh.shape[length] == 1:
-        return dataclasses.replace(axes, batch=tuple(free), heads=heads, length=None)
+        return dataclasses.replace(axes, batch=batch, heads=heads, length=None)
     pieces = mesh.shape[length] * (2 if axes.order == "zigzag" else 1)
     for name, size in (("queries", q.shape[1]), ("keys", k.shape[1])):
         if size % pieces:
@@ -168,7 +178,7 @@ def _fitting(axes: MeshAxes, mesh: Mesh | AbstractMesh, manual: set[str], q: Arr
                 f"attention: {size} {name} do not divide into {pieces} pieces ({axes.order} order over "
                 f"{length}={mesh.shape[length]}); use a length that is a multiple of {pieces}"
             )
-    return dataclasses.replace(axes, batch=tuple(free), heads=heads)
+    return dataclasses.replace(axes, batch=batch, heads=heads)
 
 
 def _spec(along: dict[str, tuple[str, ...]], letters: str, array: Any) -> PartitionSpec:

@@ -29,7 +29,7 @@ from modicum.models.kernels import (
     zigzag_order,
 )
 from modicum.models.kernels.letters import map_arrays
-from modicum.models.kernels.sharded import share_heads
+from modicum.models.kernels.sharded import share_heads, share_rows
 from modicum.models.placement import attention_axes
 from modicum.parallel import Layout, MeshShape, make_mesh
 
@@ -167,6 +167,14 @@ def test_heads_are_shared_out_and_that_is_logged(caplog):
         assert share_heads(6, 6, ("tensor",), 4) == ((), "split")
     assert found == ["split", "sliced", "repeated"]
     assert "6 heads do not divide over tensor=4: whole everywhere" in caplog.text
+
+
+def test_rows_are_shared_out_and_that_is_logged_once(caplog):
+    share_rows.cache_clear()
+    with caplog.at_level("INFO", "modicum.kernels"):
+        found = [share_rows(4, (("data", 2), ("pipe", 1), ("fsdp", 4))) for _ in range(3)]
+    assert found == [("data",)] * 3
+    assert caplog.messages == ["attention: 4 rows do not divide over data×fsdp: not split over the last"]
 
 
 def test_key_heads_that_no_device_has_alone_are_repeated(x64):
