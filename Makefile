@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 NOT_HERE := not peers and not tpu_aot and not gpu_aot and not gpu
 
-.PHONY: install quickstart test test-fast check lint types peers smoke clean
+.PHONY: install quickstart test test-fast check check-long lint types peers smoke clean
 
 install: $(VENV)/installed
 
@@ -40,6 +40,10 @@ check: peers lint types smoke
 
 peers: $(VENV)/installed-check
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "peers"
+
+# Tests that only repeat (kills at random moments, flipped bits), repeated more often.
+check-long: install
+	@MODICUM_LONG=1 $(BIN)/python -m pytest -n 2 --dist worksteal -k "killed or flipped"
 
 lint: $(VENV)/installed-check
 	@$(BIN)/ruff check .

@@ -1,19 +1,31 @@
-"""Eight simulated CPU devices and one compilation cache for every test."""
+"""Eight simulated CPU devices and one compilation cache for every test, and what makes tests quick."""
 
+import gc
 import os
 from pathlib import Path
 
 import jax
+import jaxlib
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
+
+# Our programs run for moments and compile for seconds, a third of which goes into XLA's newer emitters of
+# fused loops. A jaxlib that does not know this flag ends the process: 0.12 does not.
+if jaxlib.__version__.startswith("0.10."):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+
+# Tracing makes so many objects that Python's usual thresholds spend a tenth of the time looking for cycles.
+gc.freeze()
+gc.set_threshold(100_000, 20, 50)
 
 # Eight devices share one thread pool: with a thread each, collectives can wait for each other for ever
 # (`modicum.parallel.processes`). XLA reads this when the first device is used.
 os.environ.setdefault("NPROC", "256")
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).resolve().parents[1] / ".cache" / "jax"))
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
@@ -24,6 +36,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data sets at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def often():
+    """`often(few, many)` is how often a test that only repeats does so: `many` in `make check-long`."""
+    return lambda few, many: many if os.environ.get("MODICUM_LONG") else few
 
 
 @pytest.fixture

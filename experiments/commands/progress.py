@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +12,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Report = Callable[[int, Mapping[str, float]], None]
 
+SCREEN = "MODICUM_SCREEN"
+"""Set to the file descriptor of the terminal that a supervising parent writes to (`supervision`)."""
+
 
 def console() -> Console:
-    """Where people read: standard error, so that standard output stays for results."""
+    """Where people read: standard error, so that standard output stays for results.
+
+    Of a supervised process that is a pipe which its parent reads; the parent's terminal comes beside it.
+    """
+    if SCREEN in os.environ:
+        return Console(file=os.fdopen(int(os.environ[SCREEN]), "w", closefd=False))
     return Console(stderr=True)
 
 

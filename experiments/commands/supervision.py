@@ -3,7 +3,7 @@
 `jax.distributed` ends every process of a run when one is lost, from C++: a stack trace, no Python. So the
 command of such a run starts itself once more and waits. What its child writes goes on to standard error but
 for XLA's log, of which the last error is told where a lost process ended the child, and all where it was
-something else.
+something else. A terminal is handed on beside, for the progress bar alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from types import FrameType
 
 from ...parallel.processes import LOST_PROCESS, SUPERVISED, launched
+from .progress import SCREEN
 
 LOST = 75
 """The exit code where another process is gone: the same command may be started again (`EX_TEMPFAIL`)."""
@@ -40,14 +41,21 @@ def is_one_of_several(arguments: Sequence[str]) -> bool:
 
 def supervise(arguments: Sequence[str]) -> int:
     """Run the command in a process of its own; returns its exit code, `LOST` where another's end ended it."""
+    environment, screen = os.environ | {SUPERVISED: "1"}, list[int]()
+    if sys.stderr.isatty():
+        screen = [os.dup(sys.stderr.fileno())]
+        environment[SCREEN] = str(screen[0])
     child = subprocess.Popen(
         [sys.executable, "-m", "modicum", *arguments],
-        env=os.environ | {SUPERVISED: "1"},
+        env=environment,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        pass_fds=screen,
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
+    for number in screen:
+        os.close(number)
 
     def forward(number: int, frame: FrameType | None) -> None:
         child.send_signal(number)

@@ -15,6 +15,8 @@ from modicum.parallel import barrier, initialize, is_main
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def free_port():
     with socket.socket() as probe:

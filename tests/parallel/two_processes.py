@@ -33,6 +33,7 @@ def outcome(train, mesh, zero, dtype):
 def main(job, coordinator, count, index, result, *cases):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8 // int(count))
+    jax.config.update("jax_disable_most_optimizations", True)  # as `quick_compile` for the one process beside
     from modicum.parallel import MeshShape, barrier, initialize, is_main, local_rows, make_mesh
 
     initialize(coordinator, int(count), int(index))

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-STEPS = 60
-OPTIONS = ["--length", 16, "--batch", 8, "--vocab", 300, "--steps", STEPS, "--evaluate-every", 0]
+STEPS = 40
+OPTIONS = ["--length", 16, "--batch", 8, "--vocab", 300, "--steps", STEPS, "--evaluate-every", 0, "--scan"]
 OPTIONS += ["--checkpoint-every", 5]
 
 
@@ -46,6 +46,8 @@ def start(corpus, out, index, count, coordinator, devices, mesh):
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(corpus.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, "-m", "modicum", "train", corpus, "--out", out, *OPTIONS, *mesh]
     if count > 1:

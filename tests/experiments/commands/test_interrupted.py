@@ -37,9 +37,9 @@ def undisturbed(script, corpus):
     return out
 
 
-def test_killed_at_random_moments_a_run_comes_to_the_same_end(script, corpus, undisturbed):
-    out = corpus.parent / "killed"
-    assert len(list(script.kill_often(corpus, out, 2, random.Random(1)))) == 2
+def test_killed_at_random_moments_a_run_comes_to_the_same_end(script, corpus, undisturbed, often):
+    out, count = corpus.parent / "killed", often(2, 12)
+    assert len(list(script.kill_often(corpus, out, count, random.Random(1)))) == count
     script.finish(corpus, out)
     assert script.difference(out, undisturbed) is None
 

@@ -9,7 +9,7 @@ import pytest
 from modicum.research.study.records import read_records
 
 pytestmark = pytest.mark.slow
-TRAIN = ["--vocab", 300, "--length", 16, "--batch", 4, "--steps", 3]
+TRAIN = ["--vocab", 300, "--length", 16, "--batch", 4, "--steps", 3, "--scan"]
 TUNE = ["--length", 32, "--batch", 4, "--steps", 2, "--learning-rate", 0.01]
 
 
