@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-STEPS = 60
+STEPS = 36
 
 
 class Kill(NamedTuple):

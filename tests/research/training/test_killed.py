@@ -23,10 +23,10 @@ def undisturbed(script, tmp_path_factory):
     return folder
 
 
-def test_killed_at_random_moments_a_run_comes_to_the_same_end(script, undisturbed):
-    folder = undisturbed.parent / "killed"
-    kills = list(script.kill_often(folder, 3, random.Random(0)))
-    assert len(kills) == 3
+def test_killed_at_random_moments_a_run_comes_to_the_same_end(script, undisturbed, often):
+    folder, count = undisturbed.parent / "killed", often(2, 12)
+    kills = list(script.kill_often(folder, count, random.Random(0)))
+    assert len(kills) == count
     assert script.finish(folder)[-1] == "finished"
     assert script.difference(undisturbed, folder) is None
 
