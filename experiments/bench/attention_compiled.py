@@ -85,6 +85,11 @@ def _dense_mask(make: Any, width: int, **others: Any) -> Terms:
     return _plain(make, width, Dense(make((2, 1, 4096, 4096), "bool")), **others)
 
 
+def _all_tiles(make: Any, width: int) -> Terms:
+    bias = DenseBias(make((1, 16, 4096, 4096), "float32"))
+    return _dense_mask(make, width, bias=bias, dropout=Dropout(0.1, make((), "uint32")))
+
+
 def shapes() -> Iterator[Shape]:
     """What we ship."""
     kinds: dict[str, Callable[[Any, int], Terms]] = {
@@ -108,6 +113,7 @@ def shapes() -> Iterator[Shape]:
     yield Shape("one backward kernel, causal, K=64", 64, kinds["causal"], deterministic=False)
     yield Shape("one backward kernel, dropout, K=64", 64, _dropout, deterministic=False)
     yield Shape("causal, float16, K=128", 128, kinds["causal"], dtype="float16")
+    yield Shape("dense bias, dense mask, dropout, K=128", 128, _all_tiles)
 
 
 def missing() -> str | None:

@@ -16,8 +16,12 @@ from modicum.experiments.bench.attention_compiled import SHARED_MEMORY_LIMIT, sh
 
 pytestmark = pytest.mark.gpu_aot
 
-# one register a thread that does not fit beside the accumulators of dk and dv, 128 of 240: to be got rid of
-SPILLED = {("causal, ALiBi, K=128", "attention_key_gradient"): 8}
+# bytes, stores and loads, of what does not fit beside the accumulators of dk and dv, 128 of 240 registers; of
+# the first it is one register a thread. Loads put in order by barriers made no difference
+SPILLED = {
+    ("causal, ALiBi, K=128", "attention_key_gradient"): 8,
+    ("dense bias, dense mask, dropout, K=128", "attention_key_gradient"): 212,
+}
 PROGRAM = """
 import dataclasses, json, sys
 from modicum.experiments.bench.attention_compiled import compile_shape, missing, shapes
@@ -61,4 +65,6 @@ def test_kernels_keep_to_registers_and_shared_memory(width):
         if name.startswith("one backward kernel"):
             wanted = {"attention_forward", "attention_fused_gradient"}
         assert set(parts) - {"attention_bias_gradient"} == wanted
-        assert ("attention_bias_gradient" in parts) == (name.startswith(("causal, dense", "bucketed")))
+        assert ("attention_bias_gradient" in parts) == (
+            name.startswith(("causal, dense", "dense bias", "bucketed"))
+        )
