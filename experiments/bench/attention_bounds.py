@@ -84,8 +84,8 @@ def apart(module: str, arguments: Sequence[str]) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
-def document(bounds: list[Bound]) -> str:
-    """The table as a page."""
+def document(bounds: list[Bound], biases: Sequence[str] = ()) -> str:
+    """The table as a page; `biases` are the lines of what biases cost."""
     rows, columns, chunk = BLOCKS
     lines = [
         "# Static bounds of the TPU attention kernels",
@@ -99,7 +99,7 @@ def document(bounds: list[Bound]) -> str:
         "",
         "`dq, dk, dv` is one kernel for all three, taken where the gradient of all queries of a key head",
         "fits (splash's writes a part of dq for each block of keys, which XLA adds up: that is not in the",
-        "count; ours keeps dq in VMEM). The last table has the backward pass: its bundles over those of two.",
+        "count; ours keeps dq in VMEM). The second table has its bundles over those of two.",
         "",
         "| chip | width | kernel | bundles, ours | splash | bound, ours (TFLOP/s) | splash | ours / splash |",
         "|---|---|---|---|---|---|---|---|",
@@ -108,7 +108,15 @@ def document(bounds: list[Bound]) -> str:
         rates = b.rate(b.ours), b.rate(b.splash)
         cells = [b.chip, b.width, b.kernel, b.ours, b.splash, *(f"{r:.0f}" for r in rates)]
         lines.append("| " + " | ".join(map(str, [*cells, f"{rates[0] / rates[1]:.2f}"])) + " |")
-    return "\n".join([*lines, "", *_backward(bounds)]) + "\n"
+    return "\n".join([*lines, "", *_backward(bounds), *_biases(biases)]) + "\n"
+
+
+def _biases(lines: Sequence[str]) -> Iterator[str]:
+    if lines:
+        yield ""
+        yield "Biases that no memory holds: bundles of one tile of 512 queries x 512 keys, width 64, of"
+        yield "Bucketed with 32 buckets, of Relations with 512 and 32 relations to 20 segments."
+        yield from ("", *lines)
 
 
 def _backward(bounds: list[Bound]) -> Iterator[str]:

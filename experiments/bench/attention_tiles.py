@@ -63,7 +63,7 @@ def ranked(
                 counts = {step.tile: bundles(step, mask, length) for step in tried}
                 best = min(counts, key=lambda tile: counts[tile])
                 entry = {"implementation": kernel, "chip": kind, "dtype": dtype, "width": width, "mask": mask}
-                table = with_entry(table, {**entry, "length": length, "blocks": list(best)})
+                table = with_entry(table, {**entry, "length": length, "blocks": list(best), "by": "bundles"})
                 told = ", ".join(f"{'x'.join(map(str, tile))} {count}" for tile, count in counts.items())
                 report(f"{chip} {width} {mask} {kernel} at {length}, bundles a head: {told}")
     return table

@@ -38,14 +38,15 @@ class CompiledCase:
     dtype: str = "bfloat16"
 
 
-def _zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    """An array to trace with: no number of it is read."""
     return np.zeros(shape, dtype)
 
 
 def _tree(case: CompiledCase) -> kernels.Terms:
-    each, length = _zeros(case.batch, dtype=np.int32), case.length
-    flags = kernels.Keys(_zeros(case.batch, length, dtype=bool))
-    dense = kernels.Dense(_zeros(1, case.heads, length, length, dtype=bool))
+    each, length = zeros(case.batch, dtype=np.int32), case.length
+    flags = kernels.Keys(zeros(case.batch, length, dtype=bool))
+    dense = kernels.Dense(zeros(1, case.heads, length, length, dtype=bool))
     return kernels.Terms(
         (kernels.Causal(each) & ~kernels.Window(2, 0))
         | (kernels.Prefix(each) & flags & dense)
@@ -54,7 +55,7 @@ def _tree(case: CompiledCase) -> kernels.Terms:
 
 
 def _packed(case: CompiledCase) -> kernels.Terms:
-    ids = _zeros(case.batch, case.length, dtype=np.int32)
+    ids = zeros(case.batch, case.length, dtype=np.int32)
     return kernels.Terms(kernels.Causal() & kernels.Segments(ids))
 
 
@@ -62,7 +63,7 @@ def _everything(case: CompiledCase) -> kernels.Terms:
     return kernels.Terms(
         kernels.Causal(),
         soft_cap=30.0,
-        sinks=_zeros(case.heads),
+        sinks=zeros(case.heads),
         dropout=kernels.Dropout(0.1, np.asarray(0, np.uint32)),
     )
 
@@ -71,12 +72,11 @@ def _biased(bias: Callable[[CompiledCase], kernels.Bias]) -> Callable[[CompiledC
     return lambda case: kernels.Terms(kernels.Causal(), bias(case))
 
 
-def _relations(case: CompiledCase) -> kernels.Bias:
-    """As CPM-Bee has them: 512 buckets, and relations of the segments of a tree."""
-    of_queries, of_keys = (_zeros(case.batch, case.length, dtype=np.int32) for _ in range(2))
-    relations = _zeros(case.batch, case.length, 20, dtype=np.int32)
-    sides = (relations, of_keys, of_queries, of_keys, of_queries, of_keys)
-    return kernels.Relations(_zeros(512 + 32, case.heads), *sides)
+def relations(case: CompiledCase) -> kernels.Bias:
+    """512 buckets, and 32 relations to 20 segments."""
+    ids = zeros(case.batch, case.length, dtype=np.int32)
+    related = zeros(case.batch, case.length, 20, dtype=np.int32)
+    return kernels.Relations(zeros(512 + 32, case.heads), related, ids, ids, ids, ids, ids)
 
 
 CASES = {
@@ -87,17 +87,20 @@ CASES = {
         )
         for length in (32768, 40960)
     },
+    "16384 queries of 2 heads": CompiledCase(
+        lambda case: kernels.Terms(kernels.Full()), length=16384, heads=2, kv_heads=1, batch=1
+    ),
     "packed on 4 devices": CompiledCase(_packed, width=64, devices=4),
     "mask tree": CompiledCase(_tree, length=250),
     "dense bias": CompiledCase(
-        _biased(lambda c: kernels.DenseBias(_zeros(1, c.heads, c.length, c.length))), width=64
+        _biased(lambda c: kernels.DenseBias(zeros(1, c.heads, c.length, c.length))), width=64
     ),
     "bias of keys": CompiledCase(
-        _biased(lambda c: kernels.DenseBias(_zeros(c.batch, 1, 1, c.length))), dtype="float32"
+        _biased(lambda c: kernels.DenseBias(zeros(c.batch, 1, 1, c.length))), dtype="float32"
     ),
-    "bucketed": CompiledCase(_biased(lambda c: kernels.Bucketed(_zeros(32, c.heads), offset=np.asarray(3)))),
-    "relations": CompiledCase(_biased(_relations), length=1024, width=64),
-    "alibi": CompiledCase(_biased(lambda c: kernels.ALiBi(_zeros(c.heads)))),
+    "bucketed": CompiledCase(_biased(lambda c: kernels.Bucketed(zeros(32, c.heads), offset=np.asarray(3)))),
+    "relations": CompiledCase(_biased(relations), length=1024, width=64),
+    "alibi": CompiledCase(_biased(lambda c: kernels.ALiBi(zeros(c.heads)))),
     "sinks, dropout, soft cap": CompiledCase(_everything, width=64),
 }
 

@@ -56,7 +56,8 @@ def tune(
         seconds = dict(_timed(attention, implementation, name, candidates, length, rounds, report))
         best = min(seconds, key=lambda blocks: seconds[blocks])
         fields = found_fields(job.dtype, job.width, attention.mask(length))
-        table = with_entry(table, {"implementation": name, **fields, "length": length, "blocks": list(best)})
+        entry = {"implementation": name, **fields, "length": length, "blocks": list(best), "by": "time"}
+        table = with_entry(table, entry)
         times = ", ".join(f"{'x'.join(map(str, b))} {1e3 * s:.1f}" for b, s in seconds.items())
         report(f"{name} at {length}, ms: {times}")
     return table

@@ -24,6 +24,7 @@ class BoundsBench:
 
     def run(self) -> int:
         """Print the table."""
+        from ..bench.attention_biases import biases_table, measure_biases
         from ..bench.attention_bounds import document, measure
         from ..bench.attention_tpu import missing
         from .bench import say
@@ -32,7 +33,8 @@ class BoundsBench:
             raise InputError(f"attention-bounds compiles for TPUs: {reason}")
         if min(self.widths, default=0) < 1:
             raise InputError(f"widths={self.widths} must be numbers of at least 1")
-        page = document(measure(self.chips, self.widths, say))
+        bounds = measure(self.chips, self.widths, say)
+        page = document(bounds, list(biases_table(measure_biases(self.chips))))
         if self.out is not None:
             self.out.write_text(page)
         print(page)

@@ -1,7 +1,8 @@
 """Sizes of tiles that were found best, from the table `block_sizes.json`; nothing is measured on the way.
 
 `modicum bench attention --tune` measures and writes the table. An entry is for an implementation, a chip, a
-type, a width, a kind of mask and a length, of which all but the first and the last may be "*", for any.
+type, a width, a kind of mask and a length, of which all but the first and the last may be "*", for any. `by`
+says what was compared: "time", or "bundles", a compiler's static counts for a chip that was not there.
 """
 
 import functools

@@ -2,6 +2,7 @@
 
 import pytest
 
+from modicum.experiments.bench.attention_biases import BIASES, Biased, biases_table
 from modicum.experiments.bench.attention_bounds import Bound, bundles, document
 
 
@@ -23,6 +24,12 @@ def test_the_bound_is_one_bundle_a_cycle_and_at_most_the_peak():
 def test_a_row_says_who_is_ahead():
     page = document([Bound("v6e", 64, "dq", 4000, 5000)])
     assert "| v6e | 64 | dq | 4000 | 5000 | 176 | 141 | 1.25 |" in page
+
+
+def test_a_bias_stands_beside_none():
+    counts = [Biased("v5e", "forward", bias, count) for bias, count in zip(BIASES, (1000, 1500, 9000))]
+    page = document([Bound("v6e", 64, "dq", 4000, 5000)], list(biases_table(counts)))
+    assert page.endswith("|---|---|---|---|---|\n| v5e | forward | 1000 | 1500 (1.5×) | 9000 (9.0×) |\n")
 
 
 def test_one_kernel_stands_beside_the_two_that_it_replaces():

@@ -109,6 +109,9 @@ def test_widths_share_buckets():
 def test_the_table_of_the_package_is_one():
     assert {"chunked"} <= {entry["implementation"] for entry in read(TABLE)}
     assert json.loads(written(read(TABLE))) == read(TABLE)
+    for entry in read(TABLE):
+        if entry["implementation"].startswith("tpu"):
+            assert entry["by"] == "bundles" and tuple(entry["blocks"]) in tpu_blocks.CANDIDATES
 
 
 def test_an_entry_replaces_the_one_for_the_same():

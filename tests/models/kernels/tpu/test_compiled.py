@@ -60,8 +60,8 @@ def test_every_kind_of_term_compiles():
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_the_most_that_one_kernel_holds_compiles_and_beyond_there_are_two(chip):
-    one, two = compiled(chip, "32768 queries", "40960 queries").values()
-    assert one == ["attention_all_gradients", "attention_forward"]
+    one, too, two = compiled(chip, "32768 queries", "16384 queries of 2 heads", "40960 queries").values()
+    assert one == too == ["attention_all_gradients", "attention_forward"]
     assert two == ["attention_forward", "attention_key_gradients", "attention_query_gradient"]
 
 
