@@ -12,7 +12,7 @@ import tyro
 from ... import InputError
 from .study_neurons import EmotionNeurons, SkillNeurons
 from .study_planner import CostClaims, PlannerCompiled, PlannerValidation
-from .study_sparsity import Moefication
+from .study_sparsity import Moefication, SparseActivation
 
 if TYPE_CHECKING:
     from ..delta_methods import Study as DeltaStudy
@@ -93,6 +93,7 @@ Choice = (
     Annotated[DeltaMethods, tyro.conf.subcommand("delta-methods")]
     | Annotated[FewSamples, tyro.conf.subcommand("few-samples")]
     | Annotated[Moefication, tyro.conf.subcommand("moefication")]
+    | Annotated[SparseActivation, tyro.conf.subcommand("sparse-activation")]
     | Annotated[SkillNeurons, tyro.conf.subcommand("skill-neurons")]
     | Annotated[EmotionNeurons, tyro.conf.subcommand("emotion-neurons")]
     | Annotated[PlannerValidation, tyro.conf.subcommand("planner-validation")]

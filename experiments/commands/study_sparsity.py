@@ -1,10 +1,12 @@
-"""`modicum study moefication`: feed-forward layers in experts, of which a token uses some."""
+"""`modicum study sparse-activation`, `moefication`: which neurons fire, and computing only some of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from ... import InputError
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,41 @@ class Moefication:
         shapes = {name: shape for name, shape in SHAPES.items() if name in size.subjects}
         costs = measure_costs(size, shapes) if self.times else None
         say(write_moefication(folder, results, costs, self.markdown))
+        return 0
+
+
+@dataclass(frozen=True)
+class SparseActivation:
+    """Which neurons fire in decoders of growing width and depth, and what it costs to let fewer of them.
+
+    Trains small decoders on text. Stopped at any point and started again, it goes on.
+    """
+
+    size: Literal["full", "quick", "smoke"] = "full"
+    """full: three seeds; quick: one, fewer cells; smoke: a minute, shows that it works, not what it finds."""
+    data: Path = Path("../shared/data")
+    """The folder of the data sets."""
+    out: Path = Path("runs/sparse-activation")
+    """Folder of the runs, the tables and the figures."""
+    seeds: int = 0
+    """How many seeds; 0: those of the size."""
+    markdown: Path | None = None
+    """Also write the tables into this file."""
+
+    def run(self) -> int:
+        """Run what is not done yet, then write the tables."""
+        from ..sparse_activation import SIZES, Study
+        from ..sparse_activation_report import write_sparse_activation
+        from .compilation import cache_compilations
+        from .progress import say
+
+        cache_compilations()
+        size = SIZES[self.size]
+        if self.seeds < 0:
+            raise InputError(f"seeds={self.seeds} must be at least 0 (0: those of the size)")
+        size = replace(size, seeds=tuple(range(self.seeds)) or size.seeds)
+        folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
+        say(write_sparse_activation(folder, Study(folder, self.data, size).run(), self.markdown))
         return 0
 
 

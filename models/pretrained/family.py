@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from ... import InputError
 from .. import TransformerConfig
 from ..heads import Head
+from ..mlp import Activation
 from .mapping import Entry
 from .prepared import Prepared, Rows
 from .settings import Settings
@@ -84,9 +85,13 @@ def activation(settings: Settings, key: str, default: str) -> str:
     return ACTIVATIONS[name]
 
 
-def their_activation(ours: str) -> str:
-    """The name that config.json has for one of our activation functions."""
-    return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
+def their_activation(ours: Activation) -> str:
+    """The name that config.json has for one of our activation functions; raises `InputError` without one."""
+    found = next((theirs for theirs, name in ACTIVATIONS.items() if name == ours), None)
+    if found is None:
+        known = ", ".join(dict.fromkeys(ACTIVATIONS.values()))
+        raise InputError(f"activation {ours!r} has no name in published checkpoints; these have: {known}")
+    return found
 
 
 def choice(config: TransformerConfig, field: str, kind: type[Choice]) -> Choice:

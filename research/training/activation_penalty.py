@@ -85,9 +85,9 @@ def with_activation_penalty(
             size = jnp.abs(value.astype(jnp.float32)).mean(-1)
             return jnp.where(real, size, 0.0).sum() / jnp.maximum(real.sum(), 1)
 
-        def keeping(params: Tree, frozen: Tree, tokens: jax.Array, **inputs: Any) -> Any:
+        def keeping(trainable: Tree, frozen: Tree, tokens: jax.Array, **inputs: Any) -> Any:
             outputs, found = run_with_cache(
-                model, params, tokens, names=[penalty.sites], reduce=mean_size, **inputs
+                model, trainable, tokens, names=[penalty.sites], reduce=mean_size, **inputs
             )
             sizes.extend(jax.tree.leaves(found))
             return outputs

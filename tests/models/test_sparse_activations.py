@@ -23,6 +23,7 @@ from modicum.models import (
     placement,
     run_with_cache,
 )
+from modicum.models.pretrained.family import their_activation
 from modicum.parallel import Layout, MeshShape, make_mesh
 from modicum.research.sparsity import moefy
 from modicum.research.training.model_folder import load_model, save_model
@@ -126,6 +127,7 @@ def test_what_cannot_be_is_one_line():
         (lambda: MLP(F, "drelu"), "'drelu' is for the two products of a GatedMLP; valid here: relu, relu2"),
         (lambda: TopK(9)(jnp.ones((1, 8))), "k=9 of 8 neurons; at most all"),
         (lambda: StatisticalTopK(8)(jnp.ones((1, 8))), "k=8 of 8 neurons; fewer than all"),
+        (lambda: their_activation(TopK(8)), r"activation TopK\(k=8\) has no name in published checkpoints"),
     ):
         with pytest.raises(InputError, match=message):
             make()
