@@ -72,6 +72,8 @@ class Sparsity:
         from ..sparsity_report import Measured, write_measured
         from .compilation import cache_compilations
 
+        if not self.data:
+            raise InputError("--data names no data; give at least one")
         wanted = self._wanted()
         if self.relufying.relufy:
             self._out()

@@ -95,6 +95,7 @@ def test_all_experts_generate_what_the_dense_model_does(modicum, model, tmp_path
         (("--moefy", "twenty", "--out", "x"), "'twenty' is no share"),
         (("--moefy", "50%", "--neurons", 5, "--out", "x"), "32 neurons do not divide into experts of 5"),
         (("--rows", 0), "rows=0 must be at least 1"),
+        (("--data",), "--data names no data; give at least one"),
         (("--relufy", 2), "--relufy writes a model: give --out FOLDER"),
         (("--relufy", 2, "--out", "x"), "--relufy trains on rows that are not measured"),
     ],
