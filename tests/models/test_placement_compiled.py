@@ -63,6 +63,7 @@ def programs():
     paths = [os.environ.get("MODICUM_LIBTPU"), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "JAX_PLATFORMS": "cpu"}
     environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    environment["XLA_FLAGS"] = ""  # those of conftest.py are for CPUs; libtpu refuses what it does not know
     given = [sys.executable, "-c", PROGRAM, *map(str, (B, T, D, LAYERS)), TENSOR, CONTEXT]
     result = subprocess.run(given, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]

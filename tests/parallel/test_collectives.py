@@ -56,6 +56,7 @@ def compiled():
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"
     }  # nothing is run: several compilers may share a machine
     decoder = Path(__file__).with_name("decoder.py")
+    environment["XLA_FLAGS"] = ""  # those of conftest.py are for CPUs; libtpu refuses what it does not know
     given = [sys.executable, "-c", PROGRAM, str(decoder), *CASES]
     result = subprocess.run(given, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]

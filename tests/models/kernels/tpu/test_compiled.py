@@ -32,6 +32,7 @@ def compiled(chip, *names, kind="attention"):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     environment |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # no chip is touched: others may compile meanwhile
+    environment["XLA_FLAGS"] = ""  # those of conftest.py are for CPUs; libtpu refuses what it does not know
     given = [sys.executable, "-c", PROGRAM, kind, chip, *names]
     result = subprocess.run(given, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
