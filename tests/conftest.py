@@ -11,10 +11,15 @@ import pytest
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 
-# Our programs run for moments and compile for seconds, a third of which goes into XLA's newer emitters of
-# fused loops. A jaxlib that does not know this flag ends the process: 0.12 does not.
-if jaxlib.__version__.startswith("0.10."):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+PLATFORMS = os.environ.get("JAX_PLATFORMS", "cpu")
+
+# Our programs run for moments and compile for seconds: a third of that goes into XLA's newer emitters of
+# fused loops, and some into cutting programs into parts that are compiled side by side.
+if PLATFORMS == "cpu":
+    FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+    if jaxlib.__version__.startswith("0.10."):  # a flag that a jaxlib does not know ends it: 0.12 this one
+        FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *FLAGS])
 
 # Tracing makes so many objects that Python's usual thresholds spend a tenth of the time looking for cycles.
 gc.freeze()
@@ -23,10 +28,10 @@ gc.set_threshold(100_000, 20, 50)
 # Eight devices share one thread pool: with a thread each, collectives can wait for each other for ever
 # (`modicum.parallel.processes`). XLA reads this when the first device is used.
 os.environ.setdefault("NPROC", "256")
-jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+jax.config.update("jax_platforms", PLATFORMS)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # what one worker compiled others load
 
 
 @pytest.fixture(scope="session")
