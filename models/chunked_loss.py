@@ -24,6 +24,7 @@ from .losses import target_logit
 from .precision import promote_statistics, statistics_dtype
 from .word_scores import words_only
 
+TILE = 128  # tokens: TPUs lay rows in tiles, and chunks that begin inside of one are moved row by row
 LIFT = 2.0**12  # of float16 slopes, which are at most 2: of what they lose below 6e-8 nothing is left to see
 
 
@@ -220,8 +221,9 @@ def _unit(dtype: jnp.dtype, shares: Array) -> Array | float:
 def _cut(x: Array, chunk: int) -> Array:
     """`[b, t, ...] -> [n, c, ...]`: chunks of at most `chunk` tokens, all of one size, zeros at the end."""
     tokens = x.shape[0] * x.shape[1]
-    parts = -(-tokens // chunk)
-    each = -(-tokens // parts)
+    unit = TILE if chunk >= TILE else 1
+    parts = -(-tokens // (chunk // unit * unit))
+    each = -(-tokens // (parts * unit)) * unit
     flat = x.reshape(tokens, *x.shape[2:])
     padded = jnp.pad(flat, [(0, parts * each - tokens)] + [(0, 0)] * (flat.ndim - 1))
     return padded.reshape(parts, each, *flat.shape[1:])

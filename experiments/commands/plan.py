@@ -114,6 +114,7 @@ class Plan:
             name=self.model,
             flash=not self.stored_scores,
             chunked=None if self._recipe() == "modicum" and not self.chunked_loss else self.chunked_loss,
+            lanes=on.lanes,
         )
         job = Job(table, bytes_each, self.batch, length)
         if self.smallest:

@@ -14,6 +14,7 @@ from typing import Literal
 from ... import InputError
 
 GB, MIB, GIB, TERA = 1e9, 2**20, 2**30, 1e12
+LANES = 128  # numbers that a row of a TPU's tile holds (8 x 128, the T(8,128) of compiled programs)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Chip:
     def half(self) -> str:
         """The 16-bit type that it multiplies fast."""
         return "bfloat16" if "bfloat16" in self.peak else "float16"
+
+    @property
+    def lanes(self) -> int:
+        """The last axis of an array that a kernel reads takes memory up to a multiple of this."""
+        return LANES if self.kind == "tpu" else 1
 
     def flops(self, dtype: str) -> float:
         """Peak operations per second in a type; raises InputError where it has no units for it."""

@@ -36,7 +36,10 @@ from .tables import VOCAB_MULTIPLE
 
 STEPS = 8  # layers of a scan's step at most
 FINAL = "after_codegen.txt"  # how libtpu calls the last form of a module
-EXHAUSTED = re.compile(r"Used [\d.]+[KMGT] of [\d.]+[KMGT] hbm")
+EXHAUSTED = re.compile(
+    r"Used [\d.]+[KMGT] of [\d.]+[KMGT] hbm"
+    r"|total memory required .*\([\d.]+[KMGT]\) exceeds available HBM \([\d.]+[KMGT]\)"
+)
 ROW = ("tokens", "targets", "segments", "positions")
 
 
@@ -178,7 +181,7 @@ def compile_to_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, s
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
             if lack := EXHAUSTED.search(str(error)):
-                raise InputError(f"by its compiler the step does not fit: it {lack[0].lower()}") from error
+                raise InputError(f"by its compiler the step does not fit: {lack[0]}") from error
             raise
         written = sorted(Path(folder).rglob(f"*{FINAL}"), key=lambda path: path.stat().st_size)
         return compiled, written[-1].read_text() if written else compiled.as_text() or ""

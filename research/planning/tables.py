@@ -33,8 +33,9 @@ LOGITS = 8  # bytes a logit in float32 with its gradient, beside one in the type
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of one layer; `keys`: how many each query is multiplied with; `bytes`: of a number kept; `ours`:
-    kept as the train step of this repository does.
+    """Widths of one layer; `keys`: how many each query is multiplied with; `bytes`: of a number kept;
+    `padding`: what the tiles of a kernel's arrays add to a head's width, in heads; `ours`: kept as the train
+    step of this repository does.
     """
 
     width: int
@@ -44,6 +45,7 @@ class Sizes:
     up: int
     keys: float
     bytes: float
+    padding: float
     flash: bool
     dropout: bool
     ours: bool
@@ -57,6 +59,7 @@ class Sizes:
         length: int,
         recipe: Recipe,
         flash: bool,
+        lanes: int,
     ) -> Sizes:
         """Those of a layer; an absent sublayer has width 0."""
         wide = attention.width_of_head(config.width) if attention else 0
@@ -68,7 +71,8 @@ class Sizes:
             seen = reach - reach**2 / (2 * length)
         return cls(
             *(config.width, heads * wide, groups * wide, hidden, 2 if isinstance(mlp, GatedMLP) else 1),
-            *(seen, recipe.compute, flash, config.dropout > 0, recipe.name == "modicum"),
+            *(seen, recipe.compute, -wide % lanes / wide if wide else 0.0),
+            *(flash, config.dropout > 0, recipe.name == "modicum"),
         )
 
     def scores(self, heads: int, length: int) -> float:
@@ -86,17 +90,21 @@ def layer_table(
     name: str = "the model",
     flash: bool = True,
     chunked: bool | None = False,
+    lanes: int = 1,
 ) -> LayerTable:
     """The planner's table of a decoder or encoder at one length, its vocabulary padded to a multiple of 128.
 
     Without `flash`, attention's scores are stored; with `chunked`, logits are computed in 16 parts, with None
-    in as many as `modicum train` computes them. Raises InputError for an encoder-decoder.
+    in as many as `modicum train` computes them. `lanes` are those of the chip (`Chip.lanes`). Raises
+    InputError for an encoder-decoder.
     """
     if config.kind == "encoder-decoder":
         raise InputError(f"{name} is an encoder-decoder; plans are made for decoders and encoders")
     config = replace(config, vocab_multiple=math.lcm(config.vocab_multiple, VOCAB_MULTIPLE))
     counts, beside = count_parameters(config)
-    period = [_layer(config, index, counts[index], length, recipe, flash) for index in range(config.period)]
+    period = [
+        _layer(config, index, counts[index], length, recipe, flash, lanes) for index in range(config.period)
+    ]
     layers = tuple(period[index % config.period] for index in range(config.layers))
     useful = training_flops_per_token(replace(config, scan=True), length)  # traces one period, not all layers
     return LayerTable(
@@ -136,14 +144,20 @@ def _is_names(value: Any) -> bool:
 
 
 def _layer(
-    config: TransformerConfig, index: int, count: Count, length: int, recipe: Recipe, flash: bool
+    config: TransformerConfig,
+    index: int,
+    count: Count,
+    length: int,
+    recipe: Recipe,
+    flash: bool,
+    lanes: int,
 ) -> Layer:
     attention, mlp = config.layer(index)
     own_attention = None if config.lacks(index, "attention") else attention
     if not isinstance(mlp, MLP | GatedMLP):
         raise InputError(f"plans are for dense layers; {type(mlp).__name__} has no cost table yet")
     own_mlp = None if config.lacks(index, "mlp") else mlp
-    size = Sizes.of(config, own_attention, own_mlp, length, recipe, flash)
+    size = Sizes.of(config, own_attention, own_mlp, length, recipe, flash, lanes)
     stored = size.scores(own_attention.heads if own_attention else 0, length)
     core = 4.0 * size.heads * size.keys  # scores and weighted values
     flops = 2.0 * count[0] + core
@@ -181,11 +195,11 @@ def _remats(size: Sizes, sublayers: int, flops: float, core: float, stored: floa
     first = 2.0 * size.width * (size.heads + 2 * size.key_heads)
     both = max(1, sublayers) * stream  # the input, and the stream between the sublayers
     nothing = Remat("none", 2 * stream * sublayers + masks, split, 0.0)
-    if (
-        size.ours
-    ):  # products keep what they multiply, gathered where tensor splits the stream; XLA merges equals
+    if size.ours:
+        # products keep what they multiply, gathered where tensor splits the stream; XLA merges equals; and
+        # attention's kernel its queries, keys, values and outputs, as they lie in its tiles
         copies = float(size.heads > 0) + float(size.mlp > 0)
-        kept = split + byte * size.heads
+        kept = split + byte * size.heads + size.padding * (projected + byte * size.heads)
         nothing = Remat("none", stream * sublayers + masks, kept, 0.0, gathered=copies * stream)
     return (
         nothing,

@@ -46,10 +46,15 @@ class Case:
     @classmethod
     def of(cls, run: Run) -> Case:
         """The case of a run."""
+        on = chip(run.chip)
         table = layer_table(
-            run.config, run.length, recipe(run.recipe), name=run.name, flash=run.flash, chunked=run.chunked
+            *(run.config, run.length, recipe(run.recipe)),
+            name=run.name,
+            flash=run.flash,
+            chunked=run.chunked,
+            lanes=on.lanes,
         )
-        return cls(run, table, Topology.parse(chip(run.chip), run.topology))
+        return cls(run, table, Topology.parse(on, run.topology))
 
     def plan(self, assume: Assumptions) -> Plan:
         """The run's own mesh where it is known, else the best plan found."""

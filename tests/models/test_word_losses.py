@@ -1,6 +1,6 @@
 """The loss in chunks and over split words is the plain one, and holds and moves what it should."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from modicum import InputError
-from modicum.models import ClassifierHead, LanguageModelHead, Transformer, TransformerConfig
+from modicum.models import ClassifierHead, LanguageModelHead, Transformer, TransformerConfig, chunked_loss
 from modicum.models.heads import DeferredHead, MaskedLanguageModelHead
 from modicum.models.losses import cross_entropy, weighted_correct
 from modicum.models.word_losses import UNSPLIT, WordSplit, chunk_size, word_loss_sums
@@ -64,6 +64,20 @@ def whole():
 def test_chunks_and_split_words_change_nothing(whole, mesh, chunk, across, smoothing, x64):
     expected, found = whole(across, smoothing), value_and_gradients(chunk, split(mesh), across, smoothing)
     assert expected[0][1].correct > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), found, expected)
+
+
+def test_chunks_are_whole_tiles(whole, monkeypatch, x64):
+    for tokens, chunk, cut in (
+        (2**15, 5336, (7, 4736)),  # GPT-3's on a v5p of 64: TPUs' compiler takes minutes for 7 of 4682
+        (300, 200, (3, 128)),
+        (300, 100, (3, 100)),
+    ):
+        rows = jax.ShapeDtypeStruct((1, tokens, D), jnp.float32)
+        assert jax.eval_shape(partial(chunked_loss._cut, chunk=chunk), rows).shape == (*cut, D)
+    monkeypatch.setattr(chunked_loss, "TILE", 5)
+    # 48 tokens in 5 chunks of 10
+    expected, found = whole(False, 0.1), value_and_gradients(12, smoothing=0.1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), found, expected)
 
 

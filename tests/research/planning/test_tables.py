@@ -38,6 +38,16 @@ def test_activations_are_those_of_the_paper():
     assert stored.split + stored.whole == pytest.approx(34 * width + 5 * heads * length)
 
 
+def test_narrow_heads_take_whole_tiles_of_tpus():
+    """Attention's kernel keeps queries, keys, values and outputs, of heads of 64 numbers in tiles of 128."""
+    config = replace(preset("gpt2"), layers=1)
+    plain, tiled = (
+        layer_table(config, 1024, RECIPES["modicum"], lanes=lanes).layers[0].remats for lanes in (1, 128)
+    )
+    assert tiled[0].split - plain[0].split == 4 * 2 * config.width
+    assert tiled[1:] == plain[1:]
+
+
 def test_operations_are_those_that_count():
     """Three forward passes are what MFU counts, vectors of norms and biases aside."""
     config = preset("gpt2-xl")
