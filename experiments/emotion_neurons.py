@@ -141,6 +141,12 @@ class Study:
         """The Ekman group of each of `names`."""
         return np.asarray([self.emotions.groups[name] for name in self.names])
 
+    @property
+    def valences(self) -> np.ndarray:
+        """Whether each of `names` is pleasant (Ekman's joy), unclear (surprise) or unpleasant."""
+        known = {"joy": "pleasant", "surprise": "unclear"}
+        return np.asarray([known.get(group, "unpleasant") for group in self.groups])
+
     @cached_property
     def programs(self) -> Programs:
         """The one set of compiled functions of all tasks."""
@@ -231,8 +237,7 @@ class Study:
         """An attribute's value `[N]` for each emotion; nan where it has none."""
         if attribute != "valence":
             return membership(self.groups, attribute)
-        pleasant = membership(self.groups, "joy")
-        return np.where(self.groups == "surprise", np.nan, pleasant)
+        return np.where(self.valences == "unclear", np.nan, membership(self.valences, "pleasant"))
 
     def masks(self, seed: int) -> dict[str, np.ndarray]:
         """Neurons `[L, F]` by `ranking/attribute/share`, `random/draw/share`, and none of them: `whole`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..research.study.tables import Cell, Measured, Table
 from .emotion_neurons import ATTRIBUTES, RANKINGS, Study
 
 Found = Mapping[str, Any]
+TEXTS = "texts of the emotions"
 FEW = 20  # test texts of an emotion's task below which its own figures say next to nothing
 
 
@@ -33,12 +35,14 @@ def write_report(study: Study, found: Found, page: Path | None) -> str:
     parts = []
     for title, table in (
         ("Emotions", emotion_table(found, names, groups)),
-        ("Alike", similarity_table(maps, groups)),
+        ("Alike, by Ekman's groups", similarity_table(maps, groups)),
+        ("Alike, by valence", similarity_table(maps, study.valences.tolist())),
+        ("Tasks and texts", reference_table(maps)),
         ("Masked", mask_table(masked)),
     ):
-        table.write(study.folder / "tables", title.lower())
+        table.write(study.folder / "tables", re.sub(r"\W+", "-", title.lower()))
         parts.append(f"## {title}\n\n{table.caption}\n\n{table.markdown()}")
-    shown = ("Spearman of predictivity", "activated: cosine, centred", "texts of the emotions")
+    shown = ("Spearman of predictivity", "activated: cosine, centred", TEXTS)
     grouped_heat_maps(figures / "similarity.png", {key: maps[key] for key in shown}, names, groups)
     for key, stem in zip(shown, ("predictivity", "activated", "texts")):
         dendrogram_figure(figures / f"tree_{stem}.png", key, tree(maps[key]), names, groups)
@@ -61,11 +65,12 @@ def emotion_table(found: Found, names: Sequence[str], groups: Sequence[str]) -> 
         measured = (Measured.of([100 * run[key] for run in runs]) for key in keys)
         rows.append((name, group, runs[0]["texts"], runs[0]["test_texts"], *measured))
     columns = ("emotion", "group", "texts", "test texts", "prompt", "top neuron", "untrained", "shuffled")
+    spread = f"mean ± s.d. of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     caption = (
-        f"Test accuracy % of telling an emotion's texts from as many of the others, mean ± s.d. of "
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}: the tuned prompt; the neuron that was best on dev; the "
-        f"same with the prompt before training; a neuron chosen by shuffled labels. Texts: of the emotion in "
-        f"train. Chance is 50; with fewer than {FEW} test texts a row says next to nothing."
+        f"Test accuracy % of telling an emotion's texts from as many of the others, {spread}: the tuned "
+        f"prompt; the neuron that was best on dev; the same with the prompt before training; a neuron chosen "
+        f"by shuffled labels. Texts: of the emotion in train. Chance is 50; with fewer than {FEW} test texts "
+        f"a row says next to nothing."
     )
     return Table(columns, tuple(rows), caption)
 
@@ -90,7 +95,7 @@ def similarities(found: Found, names: Sequence[str]) -> dict[str, np.ndarray]:
         maps[f"activated: {title}"] = mean_over_seeds(
             lambda states, measure=measure: matrix(dict(zip(names, states)), measure)
         )
-    return maps | {"texts of the emotions": _centred(found["concepts"], names)}
+    return maps | {TEXTS: _centred(found["concepts"], names)}
 
 
 def _centred(states: np.ndarray, names: Sequence[str]) -> np.ndarray:
@@ -99,26 +104,37 @@ def _centred(states: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def similarity_table(maps: Mapping[str, np.ndarray], groups: Sequence[str]) -> Table:
-    """A row a measure: within and between groups, the clusters it makes, its agreement with the texts'."""
-    reference = maps["texts of the emotions"]
+    """A row a measure: similarity within and between groups, and the clusters that it makes."""
     rows: list[tuple[Cell, ...]] = []
     for title, similarity in maps.items():
         contrast, made = same_kind(similarity, groups), recovered(similarity, groups)
-        told = agreement(similarity, reference)
-        own = title == "texts of the emotions"
         rows.append(
             (title, round(contrast.same, 3), round(contrast.different, 3), f"{contrast.p:.4f}",
-             round(made.rand, 2), f"{made.p:.4f}", "" if own else round(told.correlation, 2),
-             "" if own else f"[{told.low:.2f}, {told.high:.2f}]")
+             round(made.rand, 2), f"{made.p:.4f}")
         )  # fmt: skip
-    columns = ("similarity", "same group", "other group", "p", "Rand", "p of it", "with texts'", "95%")
+    columns = ("similarity", "same group", "other group", "p", "Rand", "p of it")
     caption = (
-        "Mean similarity of emotions of one Ekman group and of two, p by permuting emotions (one-sided, "
-        "10,000); adjusted Rand index of as many average-linkage clusters as there are groups, p by 2,000 "
-        "permutations; Spearman correlation with the similarity of the emotions' texts (mean activations, no "
-        "prompt, centred), with its 95% interval over resampled emotions. Centred: less the emotions' mean."
+        f"Mean similarity of emotions of one group and of two ({', '.join(dict.fromkeys(groups))}), p by "
+        f"permuting emotions (one-sided, 10,000); adjusted Rand index of as many average-linkage clusters as "
+        f"there are groups, p by 2,000 permutations. Centred: less the emotions' mean."
     )
     return Table(columns, tuple(rows), caption)
+
+
+def reference_table(maps: Mapping[str, np.ndarray]) -> Table:
+    """A row a measure: whether tasks are alike where the texts of their emotions are."""
+    rows: list[tuple[Cell, ...]] = []
+    for title, similarity in maps.items():
+        if title != TEXTS:
+            told = agreement(similarity, maps[TEXTS])
+            interval = f"[{told.low:.2f}, {told.high:.2f}]"
+            rows.append((title, round(told.correlation, 2), interval, f"{told.p:.4f}"))
+    caption = (
+        "Spearman correlation of two emotions' similarity as tasks with that of their texts (mean "
+        "activations without a prompt, centred), with its 95% interval over resampled emotions and p by "
+        "Mantel's test (one-sided, 10,000 permutations)."
+    )
+    return Table(("similarity", "with texts'", "95%", "p"), tuple(rows), caption)
 
 
 @dataclass(frozen=True)

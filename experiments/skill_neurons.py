@@ -72,13 +72,13 @@ class Size:
     also read at the `checkpoints`, parts of the training.
     """
 
-    steps: int = 120
+    steps: int = 80
     batch: int = 16
     prompt: int = 16
     rate: float = 0.03
     read_rows: int = 240
     dev_rows: int = 240
-    test_rows: int = 360
+    test_rows: int = 240
     seeds: tuple[int, ...] = (0, 1)
     measured: int = 1
     fractions: tuple[float, ...] = (0.1, 0.3)
@@ -139,9 +139,9 @@ class Study:
             for seed in self.size.seeds:
                 found["trial"][name, seed] = self.trial(name, seed)
                 found["arrays"][name, seed] = self.arrays(name, seed)
-        for name in self.size.tasks:
-            for seed in self.size.seeds[: self.size.measured]:
-                for what, ask in MEASURED.items():
+        for what, ask in MEASURED.items():
+            for name in self.size.tasks:
+                for seed in self.size.seeds[: self.size.measured]:
                     found[what][name, seed] = self._cell(what, name, seed, ask)[0]
         first = self.size.tasks[0], self.size.seeds[0]
         found["values"] = self._cell("values", *first, values)[0]

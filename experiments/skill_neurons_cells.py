@@ -189,9 +189,9 @@ def modules(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
 
 
 MEASURED: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "modules": modules,
     "effects": effects,
     "transfer": transfer,
-    "modules": modules,
 }
 
 

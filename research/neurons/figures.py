@@ -112,7 +112,7 @@ def dendrogram_figure(path: Path, title: str, tree: Any, names: Sequence[str], g
         of = dict(zip(names, groups))
         for label in axes.get_yticklabels():
             label.set_color(_colour(of[label.get_text()], groups))
-        axes.set_xlabel("largest similarity (their own) less that of those that meet")
+        axes.set_xlabel("largest similarity less that of those that meet")
         kinds = _ranked(groups)
         handles = [axes.plot([], [], color=_colour(kind, groups), linewidth=4)[0] for kind in kinds]
         axes.legend(handles, kinds, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -135,7 +135,7 @@ def test_the_study_runs_once_and_writes_its_page(study, found, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in study.folder.rglob("result.json")} == written
     page = tmp_path / "emotion.md"
     text = write_report(study, found, page)
-    assert page.read_text() == text and text.count("\n## ") == 2
+    assert page.read_text() == text and text.count("\n## ") == 4
     for name in ("similarity", "masked", "tree_predictivity", "tree_activated", "tree_texts"):
         assert (tmp_path / "emotion" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     maps = similarities(found, NAMES)
