@@ -156,16 +156,19 @@ def compile_shape(shape: Shape) -> list[CompiledKernel]:
 
 
 def compiled_kernels(name: str, compile_them: Callable[[], object]) -> list[CompiledKernel]:
-    """What is said of the kernels that `compile_them` compiles, in their order, under the name of a shape."""
+    """What is said of the kernels that `compile_them` compiles, in their order, under the name of a shape.
+
+    Those that this process has compiled before are not compiled again, and nothing is said of them.
+    """
     flags = ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_HOST_LLVM")
-    before = {name: os.environ.get(name) for name in flags}
+    before = {flag: os.environ.get(flag) for flag in flags}
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(dict(zip(flags, (folder, "1", "1"))))
         try:
             compile_them()
         finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            for flag, value in before.items():
+                os.environ.pop(flag) if value is None else os.environ.update({flag: value})
         reports = sorted(Path(folder).glob("*.ptxas"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
         return [_read(name, path) for path in reports]
 

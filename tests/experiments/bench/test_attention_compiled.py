@@ -1,5 +1,8 @@
 """What is said about compiled kernels; compiling them is the tier `gpu_aot` of the kernels' own tests."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from modicum import InputError
@@ -18,6 +21,21 @@ def test_a_report_is_read_from_what_the_compiler_leaves(tmp_path):
     (tmp_path / "attention_forward_7.ll").write_text(LAUNCH)
     found = attention_compiled._read("full", tmp_path / "attention_forward_7.ptxas")
     assert found == CompiledKernel("full", "attention_forward", 168, 76, 108, 167000)
+
+
+def test_kernels_go_by_the_name_of_their_shape_and_the_environment_is_put_back(monkeypatch):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", "before")
+    monkeypatch.delenv("MOSAIC_GPU_DUMP_PTXAS", raising=False)
+
+    def compile_them():
+        folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+        for number in (10, 9):
+            (folder / f"attention_forward_{number}.ptxas").write_text(REPORT)
+            (folder / f"attention_forward_{number}.ll").write_text(LAUNCH)
+
+    found = attention_compiled.compiled_kernels("full", compile_them)
+    assert [kernel.shape for kernel in found] == ["full", "full"]
+    assert os.environ["MOSAIC_GPU_DUMP_TO"] == "before" and "MOSAIC_GPU_DUMP_PTXAS" not in os.environ
 
 
 def test_the_table_has_a_row_a_kernel():
