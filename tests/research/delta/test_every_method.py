@@ -93,10 +93,10 @@ CASES = [
     # C: methods on arrays
     Case("bitfit", BitFit(), ""),
     Case("layer norm", LayerNormTuning(), ""),
-    Case("random subset", RandomSubset(0.1), "", ranged=False, scans=False),
+    Case("random subset", RandomSubset(0.1), "mlp", ranged=False, scans=False),
     Case("diff pruning", DiffPruning(start=0.5), ""),
-    Case("grouped diff pruning", DiffPruning(start=0.5, group=True), "", ranged=False, scans=False),
-    Case("said", SAID(20), "", ranged=False, scans=False),
+    Case("grouped diff pruning", DiffPruning(start=0.5, group=True), "mlp", ranged=False, scans=False),
+    Case("said", SAID(20), "mlp", ranged=False, scans=False),
     Case("full", Full(), "mlp", unmerges=False, scales=False),
 ]
 
