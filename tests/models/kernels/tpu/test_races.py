@@ -7,7 +7,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from modicum.models.kernels import Bucketed, Causal, DenseBias, Full, Segments, Terms
+from modicum.models.kernels import Bucketed, Causal, DenseBias, Full, Relations, Segments, Terms
 from modicum.models.kernels.reference import Reference
 from modicum.models.kernels.tpu import Blocks, Tpu, bias_gradient
 
@@ -30,7 +30,8 @@ def results(implementation, terms, heads=2, by=(0, 1, 2, 3)):
         return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum() + lse.sum()
 
     q, k, v = normal(1, 256, heads, 64), normal(1, 128, 1, 64), normal(1, 128, 1, 64) * 2
-    return jax.jit(jax.value_and_grad(loss, by))(q, k, v, terms.bias)
+    found = jax.jit(jax.value_and_grad(loss, by, allow_int=True))(q, k, v, terms.bias)
+    return [x for x in jax.tree.leaves(found) if x.dtype != jax.dtypes.float0]
 
 
 def races_found():
@@ -41,11 +42,23 @@ CASES = {
     "packed": Terms(Causal(128) & Segments(np.repeat([[1, 2]], 128, 1), np.repeat([[1, 2]], 64, 1))),
     "dense bias": Terms(Full(), DenseBias(normal(1, 2, 256, 128))),
     "bucketed": Terms(Causal(128), Bucketed(normal(32, 2), max_distance=60)),
+    "relations": Terms(
+        Causal(128),
+        Relations(
+            normal(20, 2),
+            np.arange(256)[None, :, None] % np.arange(1, 6),
+            np.repeat([[0, 2, 4, 1]], 32, 1),
+            np.arange(256)[None] % 50,
+            np.arange(128)[None] % 40,
+            buckets=16,
+            max_distance=32,
+        ),
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    "name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dense bias", "bucketed"))]
+    "name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in list(CASES)[1:])]
 )
 def test_no_race(name):
     pltpu.reset_tpu_interpret_mode_state()
