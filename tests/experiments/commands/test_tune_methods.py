@@ -48,7 +48,8 @@ TINY = {
     "soft-prompt": ["--length", 3],
     "prompt-encoder": ["--length", 3],
     "prefix": ["--reparameterise", 8],
-    "intrinsic": ["--dimension", 20],
+    "intrinsic": ["--dimension", 20, "--at", "layers_1/mlp"],  # each array is code of its own to compile
+    "diff-pruning": ["--at", "layers_1"],
     "lora": ["--b-rate", 16, "--initialisation", "pissa"],
 }
 FAST = ("adalora", "diff-pruning", "prompt-encoder")
