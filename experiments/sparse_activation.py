@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import InputError
 from ..models.mlp import MLP, GatedMLP
 from ..models.sparse_activations import FATReLU, StatisticalTopK, TopK
-from ..research.study.runs import Run
+from ..research.study.runs import RESULT, Run, run_id
 from ..research.study.study import run_study
 from ..research.study.sweeps import Sweep, chain, grid, product
 from ..research.training.activation_penalty import ActivationPenalty
@@ -152,11 +153,15 @@ def sweep(size: Size) -> Sweep:
 
 @dataclass(frozen=True)
 class Study:
-    """The study's folder, data and size; cells that are finished there are not run again."""
+    """The study's folder, data and size; cells that are finished there are not run again.
+
+    With `finished` no other cells are run: the results are those that there are.
+    """
 
     folder: Path
     data: Path
     size: Size
+    finished: bool = False
 
     def run(self) -> list[dict[str, Any]]:
         """Every cell: its fields beside what was measured."""
@@ -170,6 +175,9 @@ class Study:
         results = []
         for overrides in sweep(self.size):
             decoder = replace(self.size.base, **overrides)
+            identity = run_id(decoder, 0, texts.identity, REVISION)
+            if self.finished and not (self.folder / identity / RESULT).exists():
+                continue
             [found] = run_study(
                 self.folder,
                 self.size.base,
@@ -179,4 +187,6 @@ class Study:
                 revision=REVISION,
             )
             results.append({**vars(decoder), "F": decoder.mlp.width, **found})
+        if not results:
+            raise InputError(f"{self.folder}: no cell of this size is finished")
         return results

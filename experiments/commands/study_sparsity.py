@@ -60,6 +60,8 @@ class SparseActivation:
     """Folder of the runs, the tables and the figures."""
     seeds: int = 0
     """How many seeds; 0: those of the size."""
+    finished: bool = False
+    """Run nothing: write the tables of the cells that are finished."""
     markdown: Path | None = None
     """Also write the tables into this file."""
 
@@ -76,7 +78,11 @@ class SparseActivation:
             raise InputError(f"seeds={self.seeds} must be at least 0 (0: those of the size)")
         size = replace(size, seeds=tuple(range(self.seeds)) or size.seeds)
         folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
-        say(write_sparse_activation(folder, Study(folder, self.data, size).run(), self.markdown))
+        say(
+            write_sparse_activation(
+                folder, Study(folder, self.data, size, self.finished).run(), self.markdown
+            )
+        )
         return 0
 
 

@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from modicum import InputError
 from modicum.experiments.sparse_activation import SIZES, Decoder, Study, sweep
-from modicum.experiments.sparse_activation_report import verdicts, write_sparse_activation
+from modicum.experiments.sparse_activation_report import write_sparse_activation
+from modicum.experiments.sparse_activation_verdicts import verdicts
 from modicum.experiments.sparse_activation_work import GRID, Noise
 from modicum.models import GatedMLP, StatisticalTopK, TopK
 
@@ -36,12 +38,18 @@ def test_every_cell_is_run_once_and_found_again(smoke):
     files = {path: path.stat().st_mtime_ns for path in study.folder.rglob("result.json")}
     assert len(files) == 3 and study.run() == results
     assert files == {path: path.stat().st_mtime_ns for path in study.folder.rglob("result.json")}
+    more = replace(study, size=replace(study.size, seeds=(0, 1)), finished=True)
+    assert more.run() == results  # the other seed is not run
+    with pytest.raises(InputError, match="no cell of this size is finished"):
+        replace(more, size=replace(more.size, seeds=(1,))).run()
 
 
 def test_tables_and_figures_are_written(smoke, tmp_path):
     _, results = smoke
     text = write_sparse_activation(tmp_path, results, tmp_path / "page.md")
-    assert (tmp_path / "page.md").read_text() == text
+    page = (tmp_path / "page.md").read_text()
+    assert text in page and "This page has 3 cells: 3 of seed 0." in page
+    assert "![quality](page/quality.svg)" in page and (tmp_path / "page" / "quality.svg").exists()
     assert "| top-k, k=8" in text and "| trained on" in text and "## What holds" in text
     names = sorted(each.name for each in (tmp_path / "figures").iterdir())
     assert names == ["inputs.svg", "neurons.svg", "quality.svg", "steps.svg"]
