@@ -36,8 +36,8 @@ class Result(NamedTuple):
     program: Any
 
 
-def model_of(precision="fp32", mlp="dense"):
-    """Two scanned layers of width 32 with dropout 0.1; eight heads, so that `tensor=8` divides them."""
+def model_of(precision="fp32", mlp="dense", dropout=0.1):
+    """Two scanned layers of width 32; eight heads, so that `tensor=8` divides them."""
     return Transformer(
         TransformerConfig(
             layers=2,
@@ -48,7 +48,7 @@ def model_of(precision="fp32", mlp="dense"):
             norm=RMSNorm(),
             positions=Rotary(),
             mlp=MLPS[mlp],
-            dropout=0.1,
+            dropout=dropout,
             scan=True,
             precision=policy(precision),
         )
@@ -89,16 +89,16 @@ def rows():
     return [{name: array[row] for name, array in arrays.items()} for row in range(B)]
 
 
-def job_of(layout, precision, mlp, chunk=None, accumulate=1):
+def job_of(layout, precision, mlp, chunk=None, accumulate=1, dropout=0.1):
     """The job and its configuration."""
     config = config_of(precision, chunk=chunk, accumulate=accumulate)
-    return language_model_job(model_of(precision, mlp), rows(), config, layout=layout), config
+    return language_model_job(model_of(precision, mlp, dropout), rows(), config, layout=layout), config
 
 
-def train(layout, steps, precision="fp32", mlp="dense", scaling=NO_SCALING, chunk=None, accumulate=1):
+def train(layout, steps, precision="fp32", mlp="dense", scaling=NO_SCALING, **options):
     """Train from seed 0; every process provides the rows it is asked for."""
     precision = PRECISIONS.get(precision, precision)
-    job, config = job_of(layout, precision, mlp, chunk, accumulate)
+    job, config = job_of(layout, precision, mlp, **options)
     program = build_program(job, config, layout, scaling)
     state, moment, losses = program.create(), None, []
     initial = fetch(state.trainable)
