@@ -34,7 +34,7 @@ def clusters(similarity: np.ndarray, count: int) -> np.ndarray:
     return fcluster(tree(similarity), count, "maxclust")
 
 
-def adjusted_rand(one: Sequence[Any], two: Sequence[Any]) -> float:
+def adjusted_rand(one: Sequence[Any] | np.ndarray, two: Sequence[Any] | np.ndarray) -> float:
     """Agreement of two partitions of the same things: 1 the same, 0 chance (Hubert and Arabie, 1985)."""
     rows, columns = (np.unique(np.asarray(each), return_inverse=True)[1] for each in (one, two))
     table = np.zeros((rows.max() + 1, columns.max() + 1))
@@ -51,8 +51,9 @@ def adjusted_rand(one: Sequence[Any], two: Sequence[Any]) -> float:
 
 def recovered(similarity: np.ndarray, groups: Sequence[str], draws: int = 2000, seed: int = 0) -> Recovered:
     """How well as many clusters as there are groups agree with these; p by permuting who is in which."""
-    found = clusters(similarity, len(set(groups))).tolist()
-    observed = adjusted_rand(found, list(groups))
+    kinds, named = np.unique(np.asarray(groups), return_inverse=True)
+    found = clusters(similarity, len(kinds))
+    observed = adjusted_rand(found, named)
     numbers = np.random.default_rng(seed)
-    dealt = [adjusted_rand(found, numbers.permutation(list(groups)).tolist()) for _ in range(draws)]
+    dealt = [adjusted_rand(found, numbers.permutation(named)) for _ in range(draws)]
     return Recovered(observed, (1 + sum(each >= observed - 1e-12 for each in dealt)) / (1 + draws))
