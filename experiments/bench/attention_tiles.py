@@ -86,7 +86,7 @@ def steps_of(chips: Sequence[str], width: int, dtype: str) -> list[Step]:
 
     given = [",".join(map(str, tile)) for tile in candidates]
     found = apart("attention_tiles", [",".join(chips), str(width), dtype, *given])
-    steps = [Step(*each[:3], tuple(each[3]), *each[4:]) for each in found]
+    steps = [Step(**dict(zip(Step._fields, each)))._replace(tile=tuple(each[3])) for each in found]
     if not steps:
         raise InputError(f"no tile of {len(candidates)} compiles for {', '.join(chips)} at width {width}")
     return steps

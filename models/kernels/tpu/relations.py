@@ -97,9 +97,10 @@ class RelationsInside(NamedTuple):
         unary = lax.broadcasted_iota(jnp.int32, shape, 0) == segments
         weights = jnp.concatenate([jnp.where(unary, value, 0) for value in (1.0, float(_PART))], 0)
         weights = weights.astype(jnp.bfloat16)
-        sides = (weights, relations) if self.frame.keys_first else (relations, weights)
+        left, right = (weights, relations) if self.frame.keys_first else (relations, weights)
         dimensions = (((0,), (0,)), ((), ()))
-        return lax.dot_general(*sides, dimensions, preferred_element_type=jnp.float32).astype(jnp.int32)
+        found = lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+        return found.astype(jnp.int32)
 
     def _bucket(self, refs: Refs, distance: Array) -> Array:
         """T5's bucket on one side: see `distance_buckets`."""
