@@ -163,7 +163,8 @@ def _layer(
     flops = 2.0 * count[0] + core
     sublayers = (own_attention is not None) + (own_mlp is not None)
     remats = _remats(size, sublayers, flops, core, stored)
-    kept, byte = remats[0], size.bytes
+    # at work not all of it is there at once: tiles, which only lengthen that sum, are left out of it
+    kept, byte = _remats(replace(size, padding=0.0), sublayers, flops, core, stored)[0], size.bytes
     return Layer(
         name=f"layer {index}",
         parameters=count[0],

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -64,18 +65,22 @@ def test_the_command_names_all_that_was_chosen():
     assert (read.placement.micro_batches, read.training.accumulate) == (2, 1)
 
 
-def for_a_tpu(*given):
-    """A Python process that can compile for TPUs; skips where libtpu is not."""
-    paths = [os.environ.get("MODICUM_LIBTPU"), os.environ.get("PYTHONPATH")]
+def compiling(wheels, package, *given):
+    """What a Python process says that compiles with `package`; skips where it is not."""
+    paths = [os.environ.get(wheels), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = ""  # those of conftest.py are for CPUs; libtpu refuses what it does not know
     done = subprocess.run(
         [sys.executable, *given], env=environment, capture_output=True, text=True, check=False
     )
-    if "pip install libtpu" in done.stderr:
-        pytest.skip("libtpu is not here (or set MODICUM_LIBTPU)")
+    if f"pip install {package}" in done.stderr:
+        pytest.skip(f"{package} is not here (or set {wheels})")
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+for_a_tpu = partial(compiling, "MODICUM_LIBTPU", "libtpu")
+for_a_gpu = partial(compiling, "MODICUM_CUDA_WHEELS", "jax-cuda13-plugin")
 
 
 @pytest.mark.tpu_aot
@@ -107,3 +112,11 @@ def test_what_is_offloaded_takes_no_memory_of_a_tpu():
     assert host == pytest.approx(2 * parameters, rel=0.1)
     config = preset("quick")
     assert kept == config.layers * 2 * 128 * config.width * 2  # bfloat16
+
+
+@pytest.mark.gpu_aot
+def test_a_step_is_compiled_for_two_gpus():
+    given = "plan quick --chip h100 --topology 1x2 --batch 8 --seq 128 --mesh fsdp=2 --compile"
+    said = for_a_gpu("-m", "modicum", *given.split())
+    assert "| reduce-scatter | fsdp " in said
+    assert "compiled peak 0.0" in said
