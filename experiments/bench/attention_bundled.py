@@ -41,8 +41,17 @@ def _mosaic(job: AttentionJob) -> Attend:
     def attend(q: Array, k: Array, v: Array) -> Array:
         from jax.experimental.pallas.ops.gpu.attention_mgpu import TuningConfig, attention
 
-        backward = dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), 64)
-        config = TuningConfig(64, 128, 2, causal=job.mask == "causal", compute_wgs_bwd=2, **backward)
+        config = TuningConfig(
+            64,
+            128,
+            2,
+            causal=job.mask == "causal",
+            compute_wgs_bwd=2,
+            block_q_dkv=64,
+            block_kv_dkv=64,
+            block_q_dq=64,
+            block_kv_dq=64,
+        )
         q, k, v = (x.astype(jnp.float16) for x in (q * job.width**-0.5, k, v))
         return attention(q, k, v, config)
 

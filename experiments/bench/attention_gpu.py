@@ -136,6 +136,7 @@ def measure_all(
 ) -> dict[str, Seen]:
     """Measure case after case until the time is over, each written to a folder of its own name in `out`.
 
+    What has to be reached is written after each, as nobody knows when the machine is taken away.
     A case of which nobody is left is reported and left out; one that has begun is finished.
     """
     start, seen = time.monotonic(), {}
@@ -155,6 +156,7 @@ def measure_all(
             continue
         seen[case.name] = found
         write(found, out / case.name)
+        gate_table(list(gates(seen, planned))).write(out, "gates")
         report(f"## {case.name}, {time.monotonic() - start:.0f} s since the start\n\n{summary(found)}")
     return seen
 
@@ -168,9 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     planned = list(cases())
     seen = measure_all(given.out, given.minutes, given.rounds, planned)
-    found = gate_table(list(gates(seen, planned)))
-    found.write(given.out, "gates")
-    print(f"# Gates\n\n{found.markdown()}")
+    print(f"# Gates\n\n{gate_table(list(gates(seen, planned))).markdown()}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ tune is how many tiles are copied ahead and, forward, how many keys a tile has. 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .... import InputError
 from ..biases import ALiBi, Bias
@@ -45,12 +45,12 @@ def plan(problem: Problem, terms: Terms, deterministic: bool = True, asked: Aske
     """
     dense = bool(split(terms.mask)[0])
     found = constants(problem.width, terms.bias, deterministic, dense, problem.rate > 0)
-    simple = _simple(terms.mask, terms.bias, problem.rate)
+    simple, changed = _simple(terms.mask, terms.bias, problem.rate), dict[str, Any]()
     for field, name in NAMES.items():
         blocks = dict(asked).get(name) or (_from_table(name, problem, terms.mask) if simple else None)
         if blocks is not None:
-            found = found._replace(**{field: _checked(name, blocks)})
-    return found
+            changed[field] = _checked(name, blocks)
+    return found._replace(**changed)
 
 
 def constants(

@@ -67,6 +67,7 @@ def test_it_writes_cases_and_goes_on_without_those_that_cannot_be(monkeypatch, t
     monkeypatch.setattr(attention_gpu.time, "monotonic", lambda: next(clock))
     found = attention_gpu.measure_all(tmp_path, 1, 2, planned, said.append)
     assert list(found) == ["small"] and (tmp_path / "small" / "summary.md").exists()
+    assert (tmp_path / "gates.md").exists()
     assert "nobody: " in said[0] and "1 minutes are over; not measured: late" in said[-1]
 
 
