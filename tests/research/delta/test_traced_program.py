@@ -17,6 +17,8 @@ from modicum.research.delta import LoRA, attach
 
 RANK, SCALE = 2, 4.0
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 class WithLoRA(AttentionModule):
     """Our attention with the method's two lines in it, as one would write them into the model."""
@@ -66,7 +68,7 @@ def as_ours(theirs):
 def both(request):
     """Losses of `(delta, backbone)` of both models, with the same numbers, and their arguments."""
     common = {
-        "layers": 3,
+        "layers": 2,
         "width": 16,
         "vocab": 40,
         "norm": RMSNorm(),
