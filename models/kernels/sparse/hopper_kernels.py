@@ -39,6 +39,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+class _Weights(NamedTuple):
+    """Of `Experts`, what comes before the activation."""
+
+    up: Any
+    gate: Any
+    up_bias: Any
+    gate_bias: Any
+
+
 class Chosen(NamedTuple):
     """Experts that any token chose, `[U]`, how many of them count, `[1]`, and who chose each, `[U, 64]`."""
 
@@ -113,11 +122,12 @@ def _neurons(layer: _Layer, x: Array, experts: Experts, chosen: Chosen) -> Array
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=layer.operations.interpret,
     )
-    return kernel(x, dataclasses.replace(experts, down=None), chosen)
+    weights = _Weights(experts.up, experts.gate, experts.up_bias, experts.gate_bias)
+    return kernel(x, weights, chosen)
 
 
 def _neurons_body(
-    layer: _Layer, x: Ref, experts: Experts, chosen: Chosen, out: Ref, buffers: _Buffers
+    layer: _Layer, x: Ref, experts: _Weights, chosen: Chosen, out: Ref, buffers: _Buffers
 ) -> None:
     piece = lax.axis_index("piece")
     index, rows = layer.place(piece)
@@ -136,7 +146,7 @@ def _neurons_body(
         out[:, place] = layer.operations.filled_tile((ROWS, layer.piece), 0).astype(layer.dtype)
 
 
-def _products(layer: _Layer, x: Ref, experts: Experts, rows: tuple, buffers: _Buffers) -> tuple[Array, ...]:
+def _products(layer: _Layer, x: Ref, experts: _Weights, rows: tuple, buffers: _Buffers) -> tuple[Array, ...]:
     """x times the rows of `up` and, where there is one, of `gate`: float32 `[64, piece]` each."""
     pairs = [(experts.up, buffers.up), (experts.gate, buffers.gate)]
     weights = [(array, buffer) for array, buffer in pairs if array is not None]
@@ -157,7 +167,7 @@ def _products(layer: _Layer, x: Ref, experts: Experts, rows: tuple, buffers: _Bu
     return _pipelined(jnp.int32(0), jnp.int32(layer.width // COLUMNS), buffers.ready, copy, add, start)
 
 
-def _activated(layer: _Layer, experts: Experts, rows: tuple, products: tuple[Array, ...]) -> Array:
+def _activated(layer: _Layer, experts: _Weights, rows: tuple, products: tuple[Array, ...]) -> Array:
     """The neurons, from the products with `up` and `gate`."""
 
     def shifted(value: Array, bias: Ref | None) -> Array:
