@@ -33,7 +33,7 @@ from .sparse_activation_work import Texts, trained_and_measured
 
 logger = logging.getLogger(__name__)
 
-REVISION = 1
+REVISION, NOISE_REVISION = 1, 2  # cells on noise were first measured on rows that some were trained on
 Data = Literal["text", "random labels", "random tokens"]
 FeedForward = MLP | GatedMLP
 
@@ -67,6 +67,11 @@ class Decoder:
         if self.activation == "drelu":
             return GatedMLP(2 * neurons // 3, "drelu")
         return MLP(neurons, self.activation)
+
+    @property
+    def revision(self) -> int:
+        """What its results are comparable with."""
+        return REVISION if self.data == "text" else NOISE_REVISION
 
     @property
     def site(self) -> str:
@@ -175,7 +180,7 @@ class Study:
         results = []
         for overrides in sweep(self.size):
             decoder = replace(self.size.base, **overrides)
-            identity = run_id(decoder, 0, texts.identity, REVISION)
+            identity = run_id(decoder, 0, texts.identity, decoder.revision)
             if self.finished and not (self.folder / identity / RESULT).exists():
                 continue
             [found] = run_study(
@@ -184,7 +189,7 @@ class Study:
                 [overrides],
                 cell,
                 data_fingerprint=texts.identity,
-                revision=REVISION,
+                revision=decoder.revision,
             )
             results.append({**vars(decoder), "F": decoder.mlp.width, **found})
         if not results:

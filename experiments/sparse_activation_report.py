@@ -63,8 +63,9 @@ def introduction(results: Results) -> str:
     return (
         "# Which neurons fire in small decoders, and what it costs to let fewer of them\n\n"
         "`experiments/sparse_activation.py`: decoders trained from scratch on WikiText-2's valid split and "
-        f"Tiny Shakespeare, {base['vocab']:,} words, {base['steps']} steps of {base['batch']}×{LENGTH} "
-        f"tokens (AdamW, rate {base['rate']:g}), measured on {base['tokens']:,} tokens that these hold out. "
+        f"Tiny Shakespeare, {base['vocab']:,} words, {base['steps'][-1]['step']} steps of "
+        f"{base['batch']}×{LENGTH} tokens (AdamW, rate {base['rate']:g}), measured on {base['tokens']:,} "
+        "tokens that these hold out. "
         f"This page has {len(results)} cells: {cells}.\n\n"
         "    modicum study sparse-activation --markdown docs/results/sparse_activation.md\n\n"
         "runs what is left of three seeds and writes this page; with `--finished` it writes it from what is "

@@ -23,6 +23,7 @@ def verdicts(results: Results) -> str:
         f"{most:.1%} of the inputs, of {len(sizes)} sizes).",
         f"Almost every neuron is active for some input: {said(least >= ALMOST_ALL)} (at least {least:.1%}).",
         *(larger(name, series, by) for name, series, by in axes(results)),
+        counts_line(results),
         *noise_lines(results),
         *(cheapest(results, kind) for kind in (TopK, StatisticalTopK)),
     ]
@@ -49,8 +50,23 @@ def larger(name: str, found: Results, by: str) -> str:
     means = [mean_of(runs, "active") for _, runs in series]
     apart = beyond(means[0] - means[-1], series[0][1], series[-1][1], "active", 0.005)
     way = ", ".join(f"{key}: {100 * value:.1f}%" for (key, _), value in zip(series, means))
+    way += "; one seed" if any(len(runs) == 1 for _, runs in series) else ""
     steady = "" if sorted(means, reverse=True) == means else "; not at every step"
     return f"Decoders {name} are sparser: {said(apart)}{steady if apart else ''} ({by} {way})."
+
+
+def counts_line(results: Results) -> str:
+    """How the number of active neurons grows with that of all."""
+    found = grouped(neuron_series(results), "F")
+    if len(found) < 2:
+        return ""
+    (least, few), (most, many) = (pick(found.items(), key=lambda each: each[0]) for pick in (min, max))
+    counts = [mean_of(runs, "active") * runs[0]["F"] for runs in (few, many)]
+    more, active = most[0] / least[0], counts[1] / counts[0]
+    return (
+        f"With {more:.0f} times as many neurons a layer, {active:.1f} times as many are active ("
+        f"{counts[0]:.0f} of {least[0]}, {counts[1]:.0f} of {most[0]})."
+    )
 
 
 def noise_lines(results: Results) -> list[str]:

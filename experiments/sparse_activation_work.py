@@ -72,19 +72,23 @@ class Texts:
 class Noise:
     """The rows with targets, and where `inputs` with tokens too, drawn evenly from the vocabulary.
 
-    A row's draw depends on its number alone: it is the same in every pass.
+    A row's draw depends on its number and `side` alone: it is the same in every pass, and what is measured on
+    (another side) has no row of what is trained on.
     """
 
     rows: Rows
     vocab: int
     inputs: bool
+    side: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
         row = dict(self.rows[index])
-        drawn = np.random.default_rng(index).integers(0, self.vocab, len(row["tokens"]) + 1, np.int32)
+        drawn = np.random.default_rng([self.side, index]).integers(
+            0, self.vocab, len(row["tokens"]) + 1, np.int32
+        )
         row["targets"] = drawn[1:]
         if self.inputs:
             row["tokens"] = drawn[:-1]
@@ -93,12 +97,12 @@ class Noise:
 
 def trained_and_measured(decoder: Decoder, texts: Texts, run: Run) -> dict[str, Any]:
     """Train the decoder, or go on with it, and count its neurons on text that was held out."""
-    noise: Callable[[Rows], Rows] = {
-        "text": lambda rows: rows,
-        "random labels": lambda rows: Noise(rows, texts.vocab, False),
-        "random tokens": lambda rows: Noise(rows, texts.vocab, True),
+    noise: Callable[[Rows, int], Rows] = {
+        "text": lambda rows, side: rows,
+        "random labels": lambda rows, side: Noise(rows, texts.vocab, False, side),
+        "random tokens": lambda rows, side: Noise(rows, texts.vocab, True, side),
     }[decoder.data]
-    rows, test = noise(texts.train), noise(spread_out(texts.test, decoder.test_rows))
+    rows, test = noise(texts.train, 0), noise(spread_out(texts.test, decoder.test_rows), 1)
     model = Transformer(config_of(decoder, texts.vocab))
     counter = Counter(model, (decoder.site,))
 

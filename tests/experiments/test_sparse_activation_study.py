@@ -71,7 +71,7 @@ def test_verdicts_say_what_the_figures_say():
     said = verdicts([cell(), deep, noisy, cheap, poor, soft])
     assert "less than 5% of the neurons: holds at this scale (at most 85.0%" in said
     assert "active for some input: holds at this scale (at least 100.0%)" in said
-    assert "deeper are sparser: holds at this scale (layers 4: 30.0%, 8: 10.0%)" in said
+    assert "deeper are sparser: holds at this scale (layers 4: 30.0%, 8: 10.0%; one seed)" in said
     assert "text makes neurons silent: holds at this scale (50.0% to 30.0%" in said
     assert "random labels makes neurons silent: does not hold at this scale" in said
     assert "Top-k reaches ReLU's loss with fewer neurons: holds at this scale (k=16: 6.0%" in said
@@ -79,6 +79,10 @@ def test_verdicts_say_what_the_figures_say():
     seeds = [cell(seed=0), cell(seed=1, active=0.2), cell(layers=8, active=0.24)]
     assert "deeper are sparser: does not hold" in verdicts(seeds)  # within two deviations
     assert "wider" not in verdicts(seeds)
+    more = verdicts([cell(), cell(neurons=1024, F=1024, active=0.2)])
+    assert (
+        "With 4 times as many neurons a layer, 2.7 times as many are active (77 of 256, 205 of 1024)" in more
+    )
 
 
 def test_a_cell_says_what_it_trains():
@@ -98,3 +102,5 @@ def test_noise_is_a_rows_own():
     np.testing.assert_array_equal(both[1]["tokens"][1:], both[1]["targets"][:-1])
     np.testing.assert_array_equal(labels[1]["tokens"], rows[1]["tokens"])
     assert (labels[0]["targets"] != labels[1]["targets"]).any() and len(both) == 3
+    held_out = Noise(rows, 50, True, side=1)
+    assert (held_out[1]["tokens"] != both[1]["tokens"]).any()  # measured on what was not trained on
