@@ -20,7 +20,7 @@ from ..request import PARTITIONED, Request, request_of
 from ..terms import Terms
 from ..varying import vary, varying_axes
 from .block_sizes import CANDIDATES, KERNELS, blocks_for, fits_fused
-from .plan import LANES, SUBLANES, Blocks, Plan, fitting_block, padded_length, padded_width
+from .plan import LANES, SUBLANES, Blocks, Plan, common_length, fitting_block, padded_width
 
 DTYPES = ("float32", "bfloat16")
 MOST_TILES = 1 << 16  # numbers of 4 bytes in scalar memory, of which there is 1 MiB
@@ -100,8 +100,8 @@ class Tpu:
         given = {kernel: self.forward if kernel == "forward" else self.backward for kernel in KERNELS}
         given |= dict(self.blocks)
         chosen = {kernel: blocks or blocks_for(kernel, request) for kernel, blocks in given.items()}
-        queries = padded_length(request.queries, max(b.rows for b in chosen.values()), self.lanes)
-        keys = padded_length(request.keys, max(b.columns for b in chosen.values()), self.lanes)
+        queries = common_length(request.queries, [b.rows for b in chosen.values()], self.lanes)
+        keys = common_length(request.keys, [b.columns for b in chosen.values()], self.lanes)
 
         def fitted(kernel: str) -> Blocks:
             blocks = chosen[kernel]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from ...kernels.blocks import Grid
@@ -62,6 +63,15 @@ def padded_length(length: int, block: int, lanes: int) -> int:
     """`length` rounded up so that blocks near `block` fill it, with little padding."""
     count = -(-length // block)
     return count * _round_up(-(-length // count), lanes)
+
+
+def common_length(length: int, blocks: Collection[int], lanes: int) -> int:
+    """The padded length of which kernels with different blocks all have some near their own.
+
+    1664 is 13 * 128: filled by one block near 2048, it leaves a kernel with blocks of 1024 nothing but 128.
+    """
+    padded = [padded_length(length, block, lanes) for block in sorted(set(blocks), reverse=True)]
+    return max(padded, key=lambda size: min(fitting_block(size, block, lanes) / block for block in blocks))
 
 
 def fitting_block(length: int, block: int, lanes: int) -> int:

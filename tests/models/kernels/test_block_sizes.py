@@ -27,6 +27,7 @@ from modicum.models.kernels.block_sizes import (
     written,
 )
 from modicum.models.kernels.tpu import block_sizes as tpu_blocks
+from modicum.models.kernels.tpu.plan import common_length, fitting_block
 
 IDS, ANYTHING = np.ones((1, 4), int), dict.fromkeys(FIELDS, "*")
 
@@ -71,6 +72,15 @@ def test_tpu_kernels_take_the_entry_of_their_own_and_else_constants(table):
     assert tpu_blocks.blocks_for("backward", dataclasses.replace(request, width=256)) == default
 
 
+def test_kernels_with_different_blocks_have_one_length_that_all_cut_well():
+    assert common_length(8192, (1024, 2048), 128) == 8192
+    assert common_length(1664, (1024, 2048), 128) == 1792  # 1664 is 13 registers: no block of 1024 has more
+    for length in range(1024, 20000, 128):
+        padded = common_length(length, (1024, 2048), 128)
+        assert length <= padded < 1.13 * length
+        assert all(fitting_block(padded, block, 128) > 0.4 * block for block in (1024, 2048))
+
+
 @pytest.mark.parametrize(
     ("mask", "kind"),
     [
@@ -111,7 +121,7 @@ def test_the_table_of_the_package_is_one():
     assert json.loads(written(read(TABLE))) == read(TABLE)
     for entry in read(TABLE):
         if entry["implementation"].startswith("tpu"):
-            assert entry["by"] == "bundles" and tuple(entry["blocks"]) in tpu_blocks.CANDIDATES
+            assert entry["by"] in ("bundles", "time") and tuple(entry["blocks"]) in tpu_blocks.CANDIDATES
 
 
 def test_an_entry_replaces_the_one_for_the_same():
