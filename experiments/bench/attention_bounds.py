@@ -79,7 +79,7 @@ def apart(module: str, arguments: Sequence[str]) -> list[Any]:
         given = [sys.executable, "-m", f"modicum.experiments.bench.{module}", folder, *arguments]
         done = subprocess.run(given, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        told = done.stderr.strip().splitlines()[-1]
+        told = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode} and said nothing"])[-1]
         raise InputError(f"compiling for {' '.join(arguments)} failed: {told}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 

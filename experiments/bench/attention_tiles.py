@@ -54,15 +54,16 @@ def ranked(
     report: Callable[[str], None] = print,
 ) -> list[Mapping[str, Any]]:
     """The table with the tile of fewest bundles for each chip, kernel and length; of equals the first."""
-    from ...models.kernels.block_sizes import with_entry
+    from ...models.kernels.block_sizes import width_bucket, with_entry
 
+    known = {"dtype": dtype, "width": width_bucket(width)}
     for chip, kind, kernel in dict.fromkeys((step.chip, step.kind, step.kernel) for step in steps):
         tried = [step for step in steps if (step.chip, step.kernel) == (chip, kernel)]
         for mask in MASKS:
             for length in lengths:
                 counts = {step.tile: bundles(step, mask, length) for step in tried}
                 best = min(counts, key=lambda tile: counts[tile])
-                entry = {"implementation": kernel, "chip": kind, "dtype": dtype, "width": width, "mask": mask}
+                entry = {"implementation": kernel, "chip": kind, **known, "mask": mask}
                 table = with_entry(table, {**entry, "length": length, "blocks": list(best), "by": "bundles"})
                 told = ", ".join(f"{'x'.join(map(str, tile))} {count}" for tile, count in counts.items())
                 report(f"{chip} {width} {mask} {kernel} at {length}, bundles a head: {told}")

@@ -46,8 +46,11 @@ def tune(
 
     Timed are forward and backward pass together, candidates in turns, medians over the rounds; in this
     process, which should have the machine to itself. An implementation that cannot do the job here is told
-    with its reason. Raises InputError where nothing here has blocks, before anything is timed.
+    with its reason. Raises InputError for a bias, which entries know nothing of, and where nothing here has
+    blocks, before anything is timed.
     """
+    if job.bias != "none":
+        raise InputError(f"bias={job.bias}: entries would be taken without a bias too; tune without one")
     attention = JaxAttention(job)
     todo = list(_todo(attention, lengths, without, report))
     if not todo:

@@ -176,6 +176,8 @@ def test_where_nothing_can_be_timed_the_table_stays_as_it_is(tmp_path):
     path = tmp_path / "sizes.json"
     with pytest.raises(InputError, match="nothing on this platform takes block sizes"):
         AttentionBench(**TINY, tune=True, table=path, without=("chunked",)).run()
+    with pytest.raises(InputError, match="bias=alibi: entries would be taken without a bias too"):
+        AttentionBench(**TINY, tune=True, table=path, bias="alibi").run()
     assert not path.exists()
 
 
