@@ -38,9 +38,14 @@ class SkillNeurons:
 
         if unknown := [name for name in self.tasks if name not in TASKS]:
             raise InputError(f"tasks: {unknown[0]!r} is unknown; valid: {', '.join(TASKS)}")
-        cache_compilations()
         size = SIZES[self.size]
         size = replace(size, tasks=self.tasks) if self.tasks else size
+        if len({KINDS[name] for name in size.tasks}) in (1, len(size.tasks)):
+            raise InputError(
+                f"tasks {', '.join(size.tasks)}: two of one kind and one of another are needed at least; the "
+                f"kinds are {', '.join(f'{name} {kind}' for name, kind in KINDS.items())}"
+            )
+        cache_compilations()
         folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
         study = Study(folder, self.data, size, Backbone.minilm())
         say(write_report(study.folder, study.run(), KINDS, self.markdown, size.checkpoints))
@@ -56,7 +61,7 @@ class EmotionNeurons:
     """
 
     size: Literal["full", "quick", "smoke"] = "full"
-    """full: the committed tables; quick: ten minutes; smoke: a minute, shows that it works."""
+    """full: two seeds; quick: one, the committed tables; smoke: a minute, shows that it works."""
     data: Path = Path("../shared/data")
     """The folder of the data sets, goemotions among them."""
     out: Path = Path("runs/emotion-neurons")

@@ -132,8 +132,10 @@ def agreement(similarity: np.ndarray, transfer: np.ndarray, level: float = 0.95)
     """Whether pairs that are more alike transfer better: Mantel's test (1967), tasks permuted together.
 
     The interval is the percentile bootstrap over tasks, not pairs, which share tasks; a task that is drawn
-    twice is no pair with itself.
+    twice is no pair with itself. Raises `InputError` for fewer than three tasks.
     """
+    if len(similarity) < 3:
+        raise InputError(f"agreement over {len(similarity)} tasks; three or more have pairs to rank")
     off = ~np.eye(len(similarity), dtype=bool)
 
     def correlation(order: Sequence[int]) -> float:

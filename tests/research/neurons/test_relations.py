@@ -88,6 +88,8 @@ def test_similarity_that_says_who_serves_whom_is_told_from_one_that_does_not():
     assert 0.3 < found.low < found.correlation <= found.high <= 1
     chance = [agreement(similar, NUMBERS.normal(size=(6, 6))).p for _ in range(8)]
     assert 0.2 < np.mean(chance) < 0.8
+    with pytest.raises(InputError, match="agreement over 2 tasks; three or more"):
+        agreement(similar[:2, :2], similar[:2, :2])
 
 
 def test_a_probe_finds_what_is_linear_and_nothing_else():
