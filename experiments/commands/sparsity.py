@@ -104,6 +104,10 @@ class Sparsity:
         from ...research.sparsity.routing import Fitting
 
         self._out()
+        if self.relufying.relufy and self.relufying.relufy_to == "drelu":
+            raise InputError(
+                "--moefy cannot cut layers of --relufy-to drelu into experts; relu and relu2 it can"
+            )
         fitting = Fitting(seed=self.seed)
         return Moefication(
             share_of(self.moefy),

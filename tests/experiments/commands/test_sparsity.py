@@ -98,6 +98,10 @@ def test_all_experts_generate_what_the_dense_model_does(modicum, model, tmp_path
         (("--data",), "--data names no data; give at least one"),
         (("--relufy", 2), "--relufy writes a model: give --out FOLDER"),
         (("--relufy", 2, "--out", "x"), "--relufy trains on rows that are not measured"),
+        (
+            ("--relufy", 2, "--relufy-to", "drelu", "--moefy", "20%", "--out", "x"),
+            "--moefy cannot cut layers of --relufy-to drelu",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_line(modicum, model, arguments, message):
