@@ -5,7 +5,7 @@ have like neurons, and masking the neurons of an attribute of emotions costs the
 than masking as many random ones (Li et al., arXiv 2302.09582, with RoBERTa-base and ratings of people).
 
 Command: `modicum study emotion-neurons` (half an hour of one core; stopped at any point, it goes on), `--size
-quick` for ten minutes, `--size smoke` for one. Expected: docs/results/emotion_neurons.md.
+quick` for fewer, `--size smoke` for a minute. Expected, of the quick size: docs/results/emotion_neurons.md.
 
 Each emotion of GoEmotions (Demszky et al., 2020) is a task of its own: is this text of it, or of another
 emotion? Both answers are equally frequent in all splits. All tasks share one compiled program, of which a
