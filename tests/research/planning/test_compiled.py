@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 
+import jax
 import pytest
 
 from modicum import InputError
@@ -14,9 +15,19 @@ from modicum.experiments.commands.train import Train
 from modicum.models.presets import preset
 from modicum.parallel.mesh import MeshShape
 from modicum.parallel.plan import Job, Search, Topology, chip, recipe
-from modicum.research.planning.compiled import trained_remat
+from modicum.research.planning.compiled import compile_to_text, trained_remat
 from modicum.research.planning.proof import train_command
 from modicum.research.planning.tables import layer_table
+
+
+class Refused:
+    """A lowered step of which the compiler says no more than this."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self, compiler_options):
+        raise jax.errors.JaxRuntimeError(self.message)
 
 
 class Chosen:
@@ -63,6 +74,31 @@ def test_the_command_names_all_that_was_chosen():
     stages = replace(plan, split=replace(plan.split, mesh=MeshShape(pipe=2, fsdp=2)))
     read = parse(train_command("ladder-1b", stages, job).split()[1:])
     assert (read.placement.micro_batches, read.training.accumulate) == (2, 1)
+
+
+REFUSED = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
+    "HLO temporaries (98.93G) exceeds available HBM (95.73G). HLO module: jit_train_step.\n"
+    "See https://openxla.org/xla/errors/error_1000 for more details."
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        (REFUSED, "total memory required for HLO temporaries (98.93G) exceeds available HBM (95.73G)"),
+        ("RESOURCE_EXHAUSTED: Used 20.1G of 15.75G hbm. Exceeded by 4.4G.", "Used 20.1G of 15.75G hbm"),
+    ],
+)
+def test_a_step_too_large_for_its_compiler_is_one_line(message, found):
+    with pytest.raises(InputError) as error:
+        compile_to_text(Refused(message))
+    assert str(error.value) == f"by its compiler the step does not fit: {found}"
+
+
+def test_other_errors_of_a_compiler_stay_what_they_are():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        compile_to_text(Refused("INTERNAL: no such instruction"))
 
 
 def compiling(wheels, package, *given):
