@@ -2,7 +2,7 @@
 
 A policy keeps a layer's input and what it names of the layer's own values, and computes the rest again:
 
-    none      keeps everything
+    none      keeps everything; beside layers of other policies in a scan, products and `ROWS`
     dots      keeps what comes out of matrix products (`jax.checkpoint_policies.dots_saveable`)
     mlp       keeps queries, keys, values and the stream between attention and mlp: the mlp is computed again
     middle    keeps the stream between attention and mlp: all is computed again but attention's output product
@@ -29,6 +29,7 @@ KEPT: Mapping[str, tuple[str, ...]] = {
     "offload": (),
 }
 NAMES = tuple(KEPT)
+ROWS = ("attention_norm", "cross_attention_norm", "mlp_norm", "heads", "middle", "act", "mid")
 INPUT = "layer_input"  # what `offload` sends away
 RUN = re.compile(r"(\w+):(\d+)")
 

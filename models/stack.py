@@ -15,9 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 from .. import InputError
 from .block import Block, Context, Stacked
 from .config import TransformerConfig
-from .remat import INPUT, KEPT
+from .remat import INPUT, KEPT, ROWS
 
 Body = Callable[..., tuple[jax.Array, None]]
+DEAR = ("dot_general", "ragged_dot_general", "pallas_call", "top_k", "sort")  # primitives of jax
 
 
 class Period(Stacked):
@@ -133,11 +134,17 @@ def _row(place: int) -> Callable[[Any], Any]:
 def remat_body(body: Body, policy: str, prevent_cse: bool, rows: bool = False) -> Body:
     """A function of a module whose backward pass follows the policy.
 
-    Of a body that takes its parameters from `rows` not even "none" keeps these: the stack has them.
+    Of a body that takes its parameters from `rows` "none" keeps what products and kernels give and the values
+    `ROWS`, and computes again what is elementwise. To keep everything would keep each row's parameters in
+    the type of the products, gathered over `fsdp`, and all the float32 values inside norms and activations,
+    which keep only their input where no rule of the layer's overrides theirs.
     """
     rules = jax.checkpoint_policies
+    if policy == "none" and not rows:
+        return body
     if policy == "none":
-        return nn.remat(body, policy=_all_but_slices, prevent_cse=prevent_cse) if rows else body
+        rule = rules.save_from_both_policies(_products, rules.save_only_these_names(*ROWS))
+        return nn.remat(_naming(body, ROWS), policy=rule, prevent_cse=prevent_cse)
     if policy == "dots":
         return nn.remat(body, policy=rules.dots_saveable, prevent_cse=prevent_cse)
     rule = rules.save_only_these_names(*KEPT[policy]) if KEPT[policy] else None
@@ -148,16 +155,17 @@ def remat_body(body: Body, policy: str, prevent_cse: bool, rows: bool = False) -
             offload_src="device",
             offload_dst="pinned_host",
         )
-    return nn.remat(_naming(body, policy), policy=rule, prevent_cse=prevent_cse)
+    names = (INPUT,) if policy == "offload" else KEPT[policy]
+    return nn.remat(_naming(body, names), policy=rule, prevent_cse=prevent_cse)
 
 
-def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive not in (lax.slice_p, lax.squeeze_p)
+def _products(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a value is dear to compute again: a product, a kernel's or an order's."""
+    return primitive.name in DEAR
 
 
-def _naming(body: Body, policy: str) -> Body:
+def _naming(body: Body, names: tuple[str, ...]) -> Body:
     """The same, giving what its policy is about the names by which it knows it."""
-    names = KEPT[policy]
 
     def name_output(call: Callable, args: tuple, kwargs: dict, where: Any) -> Any:
         value = call(*args, **kwargs)
@@ -165,9 +173,9 @@ def _naming(body: Body, policy: str) -> Body:
         return checkpoint_name(value, where.module.name) if known else value
 
     def run(layer: nn.Module, x: jax.Array, *given: Any) -> tuple[jax.Array, None]:
-        if policy == "offload":
+        if INPUT in names:
             x = checkpoint_name(x, INPUT)
-        if not names:
+        if not set(names) - {INPUT}:
             return body(layer, x, *given)
         with nn.intercept_methods(name_output):
             return body(layer, x, *given)

@@ -9,7 +9,17 @@ import pytest
 from jax._src.ad_checkpoint import saved_residuals
 
 from modicum import InputError
-from modicum.models import FP64, MLP, GatedMLP, GroupedQuery, Layer, RoutedMLP, Transformer, TransformerConfig
+from modicum.models import (
+    BF16,
+    FP64,
+    MLP,
+    GatedMLP,
+    GroupedQuery,
+    Layer,
+    RoutedMLP,
+    Transformer,
+    TransformerConfig,
+)
 from modicum.models.remat import NAMES, remat_runs, remat_text
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -74,6 +84,24 @@ def test_policies_keep_less_and_less(scan, plain, x64):
     assert sizes[3] - sizes[4] == 4 * numbers * stream  # the stream after attention, of each of 4 layers
     part = kept_bytes(replace(BASE, scan=scan, remat="full:2,none:2"), params)
     assert sizes[4] < part < sizes[0]
+
+
+def test_beside_other_policies_none_keeps_no_weight_and_nothing_inside_of_norms():
+    """What a scan stacks would be each weight in the products' type, gathered where a mesh splits it."""
+    config = replace(BASE, scan=True, precision=BF16)
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), ROWS)
+
+    def weights(remat):
+        kept = [aval for aval, _ in saved_residuals(score(replace(config, remat=remat))[1], params)]
+        narrow = {aval.shape[1:] for aval in kept if aval.dtype == jnp.bfloat16}
+        return narrow & {(8, 8), (8, 32), (32, 8)}
+
+    assert len(weights("none")) == 3  # the test sees them where they are kept
+    assert not weights("none:2,dots:2")
+    none, dots, mixed = (
+        kept_bytes(replace(config, remat=remat), params) for remat in ("none", "dots", "none:2,dots:2")
+    )
+    assert dots < mixed <= (none + dots) / 2
 
 
 def test_a_pattern_is_split_between_its_periods(random_parameters, x64):
