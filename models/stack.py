@@ -136,8 +136,8 @@ def remat_body(body: Body, policy: str, prevent_cse: bool, rows: bool = False) -
 
     Of a body that takes its parameters from `rows` "none" keeps what products and kernels give and the values
     `ROWS`, and computes again what is elementwise. To keep everything would keep each row's parameters in
-    the type of the products, gathered over `fsdp`, and all the float32 values inside norms and activations,
-    which keep only their input where no rule of the layer's overrides theirs.
+    the type of the products, and all the float32 values inside norms and activations, which keep only their
+    input where no rule of the layer's overrides theirs.
     """
     rules = jax.checkpoint_policies
     if policy == "none" and not rows:

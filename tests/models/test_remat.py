@@ -87,7 +87,7 @@ def test_policies_keep_less_and_less(scan, plain, x64):
 
 
 def test_beside_other_policies_none_keeps_no_weight_and_nothing_inside_of_norms():
-    """What a scan stacks would be each weight in the products' type, gathered where a mesh splits it."""
+    """A scan would stack each weight in the products' type, and float32 values as large as the stream."""
     config = replace(BASE, scan=True, precision=BF16)
     params = jax.eval_shape(Transformer(config).init, jax.random.key(0), ROWS)
 
