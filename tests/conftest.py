@@ -34,6 +34,24 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_C
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # what one worker compiled others load
 
 
+MOST_MEMORY = 4 << 30  # bytes that a worker keeps between modules; CI has 24 GiB
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Compiled programs that nobody may need again are let go where they have become many."""
+    yield
+    if resident_bytes() > MOST_MEMORY:
+        jax.clear_caches()
+        gc.collect()
+
+
+def resident_bytes() -> int:
+    """Of this process; 0 where the system does not tell."""
+    told = Path("/proc/self/statm")
+    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else 0
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets beside the checkout; the test is skipped where it is absent."""

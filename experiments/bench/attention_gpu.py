@@ -98,9 +98,9 @@ def gates(seen: Mapping[str, Seen], planned: Iterable[Case]) -> Iterator[Gate]:
     """What each case at each length has to reach, as far as `seen` tells."""
     for case in planned:
         for length in (x for x in case.lengths if x >= GATED and case.job.width == 128):
-            if case.job.mask in ("window", "packed"):
-                yield _of_live_tiles(seen, case, length)
             for backward in (False, True):
+                if case.job.mask in ("window", "packed"):
+                    yield _of_live_tiles(seen, case, length, backward)
                 times = [seconds(seen, case.name, length, name, backward) for name in (CUDNN, OURS)]
                 what = "backward" if backward else "forward"
                 wanted = BACKWARD if backward else FORWARD
@@ -110,12 +110,13 @@ def gates(seen: Mapping[str, Seen], planned: Iterable[Case]) -> Iterator[Gate]:
                     yield Gate(f"{what}, of cuDNN's speed", case.name, length, _ratio(*times), wanted)
 
 
-def _of_live_tiles(seen: Mapping[str, Seen], case: Case, length: int) -> Gate:
+def _of_live_tiles(seen: Mapping[str, Seen], case: Case, length: int, backward: bool) -> Gate:
     """What the live tiles would take at the speed without a mask, over the time taken."""
-    whole = seconds(seen, "full-128", length, OURS, False)
-    taken = seconds(seen, case.name, length, OURS, False)
+    whole = seconds(seen, "full-128", length, OURS, backward)
+    taken = seconds(seen, case.name, length, OURS, backward)
     live = None if whole is None else whole * case.job.live_fraction(length)
-    return Gate("forward, of its live tiles' speed", case.name, length, _ratio(live, taken), TILES_LEFT_OUT)
+    what = f"{'backward' if backward else 'forward'}, of its live tiles' speed"
+    return Gate(what, case.name, length, _ratio(live, taken), TILES_LEFT_OUT)
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:

@@ -63,7 +63,12 @@ DOUBLE = [
     Case("pipe=2,fsdp=2", 1, dropout=0.0),
 ]
 SINGLE = [Case("data=2,context=2,tensor=2", 3)]
-HALF = [("bf16", Case("fsdp=2,context=2", 0)), ("fp16", Case("data=2,tensor=2", 3, chunk=8))]
+HALF = [
+    ("bf16", Case("fsdp=2,context=2", 0)),
+    ("bf16", Case("pipe=2,fsdp=2", 1, dropout=0.0)),
+    ("fp16", Case("data=2,tensor=2", 3, chunk=8)),
+    ("fp16", Case("data=2,expert=2,tensor=2", 1, mlp="routed")),
+]
 OVERFLOWING = Scaling(initial=2.0**24, growth_interval=4)
 
 
@@ -121,7 +126,7 @@ def test_half_precision(decoder, alone, precision, case):
     """The same steps overflow on every mesh: the scale and the count of skipped steps are equal."""
     options = {"scaling": OVERFLOWING} if precision == "fp16" else {}
     # In chunks the head's gradient is summed in float32 and overflows later: the reference is in chunks too.
-    expected = alone(precision, chunk=case.chunk, **options)
+    expected = alone(precision, case.mlp, chunk=case.chunk, dropout=case.dropout, **options)
     found = train(decoder, case, precision, **options)
     jax.tree.map(np.testing.assert_array_equal, found.initial, expected.initial)
     drift = max(abs(a - b) for a, b in zip(found.losses, expected.losses))
