@@ -48,7 +48,7 @@ def test_masks_are_held_against_what_their_live_tiles_would_take():
     job = dataclasses.replace(window, lengths=(4096,))
     live = job.job.live_fraction(4096)
     found = {"full-128": seen(full, ours=(1.0, 3.0)), "window-128": seen(job, ours=(live / 0.7, 9.0))}
-    gate, backward = gates(found, [job])
+    gate, _ = gates(found, [job])
     assert gate.found == pytest.approx(0.7) and gate.verdict == "miss"
 
 
