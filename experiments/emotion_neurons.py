@@ -16,11 +16,9 @@ neither, the other four are not).
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +39,12 @@ from ..research.neurons import (
     stacked,
 )
 from ..research.neurons.attributes import attribute_scores, membership
-from ..research.study.runs import Run, run_id
+from ..research.study.study import run_cell
 from ..research.training.trials import HEAD
 from .delta_methods import Backbone
 from .emotion_tasks import Emotions
 from .skill_neurons_cells import balanced_accuracy, top_neurons
 from .skill_neurons_work import ARRAYS, ROWS, Programs, Work
-
-logger = logging.getLogger(__name__)
 
 REVISION = 1
 ATTRIBUTES = ("valence", "anger", "sadness", "surprise")
@@ -171,15 +167,15 @@ class Study:
     def _cell(
         self, what: str, name: str, seed: int, ask: Callable[..., dict[str, Any]]
     ) -> tuple[dict[str, Any], Path]:
-        cell, digest = Cell(what, name, self.size), self.emotions.fingerprint
-        identity = run_id(cell, seed, digest, REVISION)[:6]
-        label = f"{what}-{name or 'all'}-seed{seed}-{identity}"
-        run = Run.open(self.folder, cell, seed=seed, data_fingerprint=digest, revision=REVISION, name=label)
-        if run.state != "finished":
-            start = time.perf_counter()
-            result = ask(name, seed, run.folder)
-            run.finish(result | {"seconds": round(time.perf_counter() - start, 1)})
-            logger.warning("%s: %.0f s", label, time.perf_counter() - start)
+        run = run_cell(
+            self.folder,
+            Cell(what, name, self.size),
+            f"{what}-{name or 'all'}-seed{seed}",
+            partial(ask, name, seed),
+            seed=seed,
+            data_fingerprint=self.emotions.fingerprint,
+            revision=REVISION,
+        )
         return run.result, run.folder
 
     def _trial(self, name: str, seed: int, folder: Path) -> dict[str, Any]:

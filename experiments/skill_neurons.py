@@ -16,11 +16,9 @@ test. Controls: the same prompt before training, and labels of dev that are shuf
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,11 @@ from safetensors.numpy import load_file
 from ..research.neurons import over_trials, select
 from ..research.sparsity.feed_forward import Layers
 from ..research.sparsity.partitions import Clusters
-from ..research.study.runs import Run, run_id
+from ..research.study.study import run_cell
 from .delta_methods import Backbone
 from .delta_tasks import Task, TaskRows, load_task
 from .skill_neurons_cells import MEASURED, speed, trial, values
 from .skill_neurons_work import ARRAYS, Work, Works
-
-logger = logging.getLogger(__name__)
 
 REVISION = 2
 TASKS: Mapping[str, Task] = {
@@ -188,13 +184,13 @@ class Study:
     def _cell(
         self, what: str, name: str, seed: int, ask: Callable[..., dict[str, Any]]
     ) -> tuple[dict[str, Any], Path]:
-        cell, digest = Cell(what, self.tasks[name], self.size), self.work(name).rows.fingerprint
-        identity = run_id(cell, seed, digest, REVISION)[:6]
-        label = f"{what}-{name}-seed{seed}-{identity}"
-        run = Run.open(self.folder, cell, seed=seed, data_fingerprint=digest, revision=REVISION, name=label)
-        if run.state != "finished":
-            start = time.perf_counter()
-            result = ask(self, name, seed, run.folder)
-            run.finish(result | {"seconds": round(time.perf_counter() - start, 1)})
-            logger.warning("%s: %.0f s", label, time.perf_counter() - start)
+        run = run_cell(
+            self.folder,
+            Cell(what, self.tasks[name], self.size),
+            f"{what}-{name}-seed{seed}",
+            partial(ask, self, name, seed),
+            seed=seed,
+            data_fingerprint=self.work(name).rows.fingerprint,
+            revision=REVISION,
+        )
         return run.result, run.folder

@@ -7,12 +7,13 @@ overrides. Finished cells are not run again, so a study that was stopped goes on
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ... import InputError
-from .runs import Run
+from .runs import Run, run_id
 from .sweeps import Sweep, apply, label
 from .tables import Table, summarise
 
@@ -21,6 +22,30 @@ logger = logging.getLogger(__name__)
 Config = TypeVar("Config")
 Result = Mapping[str, Any]
 Cell = Callable[[Config, Run], Result]
+
+
+def run_cell(
+    root: Path,
+    config: Any,
+    name: str,
+    ask: Callable[[Path], Result],
+    *,
+    seed: int,
+    data_fingerprint: str,
+    revision: int,
+) -> Run:
+    """The finished run of one question, its folder called `name` and the beginning of the run's identity.
+
+    Where it is not finished `ask(folder)` is, and its result is kept with the `seconds` that it took.
+    """
+    name = f"{name}-{run_id(config, seed, data_fingerprint, revision)[:6]}"
+    run = Run.open(root, config, seed=seed, data_fingerprint=data_fingerprint, revision=revision, name=name)
+    if run.state != "finished":
+        start = time.perf_counter()
+        result = ask(run.folder)
+        run.finish({**result, "seconds": round(time.perf_counter() - start, 1)})
+        logger.warning("%s: %.0f s", name, time.perf_counter() - start)
+    return run
 
 
 def run_study(

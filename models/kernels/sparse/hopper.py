@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -20,12 +19,17 @@ from .experts import Experts
 from .gradient import with_gathered_gradient
 from .request import SparseRequest
 
-if TYPE_CHECKING:
-    from .hopper_kernels import Chosen
-
 ACTIVATIONS = ("relu", "relu2", "gelu_tanh", "silu", "sigmoid", "tanh")
-ROWS = 64  # tokens of one product of the tensor cores
+ROWS = 64  # tokens of one product of the tensor cores, padded
 LEAST = 16  # neurons of one product of the tensor cores
+
+
+class Chosen(NamedTuple):
+    """Experts that any token chose, `[U]`, how many of them count, `[1]`, and who chose each, `[U, 64]`."""
+
+    used: Array
+    count: Array
+    member: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +77,9 @@ def _compute(interpret: Any, x: Array, experts: Experts, chosen: Array) -> Array
 
 def _chosen(experts: int, chosen: Array) -> Chosen:
     """The experts that some token chose, in order, and which tokens did."""
-    from .hopper_kernels import Chosen
-
     rows = jnp.arange(chosen.shape[0])[:, None]
     member = jnp.zeros((experts, ROWS), jnp.float32).at[chosen, rows].set(1.0)
     wanted = member.any(-1)
     used = jnp.argsort(~wanted, stable=True)[: min(experts, chosen.size)].astype(jnp.int32)
     count = wanted.sum(dtype=jnp.int32)[None]
-    return Chosen(used, count, jax.lax.stop_gradient(member[used]))
+    return Chosen(used, count, member[used])

@@ -21,8 +21,8 @@ from ..hopper.operations import Interpreted, Ref, Warpgroup
 from ..hopper.problem import tiled
 from ..hopper.scores import along
 from .experts import Experts
+from .hopper import ROWS, Chosen
 
-ROWS = 64  # tokens, padded
 COLUMNS = 64  # of x, or of the output, in a tile
 NEURONS = 64  # in a step of the sums, the least that a swizzled tile of 128 bytes allows
 BLOCKS = 264  # two for each of the 132 multiprocessors of an H100 or H200
@@ -46,14 +46,6 @@ class _Weights(NamedTuple):
     gate: Any
     up_bias: Any
     gate_bias: Any
-
-
-class Chosen(NamedTuple):
-    """Experts that any token chose, `[U]`, how many of them count, `[1]`, and who chose each, `[U, 64]`."""
-
-    used: Any
-    count: Any
-    member: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,13 +32,13 @@ print(json.dumps({"missing": reason, "kernels": [dataclasses.asdict(k) for k in 
 """
 
 
-def compiled(*names: str) -> list[dict]:
+def kernels_of(program: str, *arguments: str) -> list[dict]:
+    """What a program that is given the wheels prints last: JSON of `missing`, or else of `kernels`."""
     folder = os.environ.get("MODICUM_CUDA_WHEELS")
     paths = [folder, os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *names], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", program, *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads(result.stdout.splitlines()[-1])
     if found["missing"]:
@@ -49,7 +49,7 @@ def compiled(*names: str) -> list[dict]:
 @pytest.mark.parametrize("width", [64, 128])
 def test_kernels_keep_to_registers_and_shared_memory(width):
     names = [shape.name for shape in shapes() if shape.width == width]
-    kernels = compiled(*names)
+    kernels = kernels_of(PROGRAM, *names)
     assert {kernel["shape"] for kernel in kernels} == set(names)
     for kernel in kernels:
         spilled = kernel["spill_stores"] + kernel["spill_loads"]
