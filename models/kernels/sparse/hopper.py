@@ -28,7 +28,7 @@ class Chosen(NamedTuple):
     """Experts that any token chose, `[U]`, how many of them count, `[1]`, and who chose each, `[U, 64]`."""
 
     used: Array
-    count: Array
+    number: Array
     member: Array
 
 
@@ -81,5 +81,5 @@ def _chosen(experts: int, chosen: Array) -> Chosen:
     member = jnp.zeros((experts, ROWS), jnp.float32).at[chosen, rows].set(1.0)
     wanted = member.any(-1)
     used = jnp.argsort(~wanted, stable=True)[: min(experts, chosen.size)].astype(jnp.int32)
-    count = wanted.sum(dtype=jnp.int32)[None]
-    return Chosen(used, count, member[used])
+    number = wanted.sum(dtype=jnp.int32)[None]
+    return Chosen(used, number, member[used])

@@ -124,7 +124,7 @@ def _neurons_body(
     piece = lax.axis_index("piece")
     index, rows = layer.place(piece)
     place = pl.ds(piece * layer.piece, layer.piece)
-    counts = piece * layer.piece < chosen.count[0] * layer.size
+    counts = piece * layer.piece < chosen.number[0] * layer.size
 
     @pl.when(counts)
     def _() -> None:
@@ -192,7 +192,7 @@ def _sums_body(
     layer: _Layer, neurons: Ref, down: Ref, chosen: Chosen, out: Ref, buffer: Ref, ready: Ref
 ) -> None:
     columns, split = pl.ds(lax.axis_index("column") * COLUMNS, COLUMNS), lax.axis_index("split")
-    count = lax.div(chosen.count[0] * layer.size + (NEURONS - 1), jnp.int32(NEURONS))
+    count = lax.div(chosen.number[0] * layer.size + (NEURONS - 1), jnp.int32(NEURONS))
     each = lax.div(count + (layer.splits - 1), jnp.int32(layer.splits))
     first = jnp.minimum(split * each, count)
     end = jnp.minimum(first + each, count)
