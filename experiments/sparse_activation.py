@@ -114,7 +114,7 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {
-    "full": Size(),
+    "full": Size(Decoder(steps=800)),
     "quick": Size(
         Decoder(steps=100, watched=2),
         widths=(32, 64),
@@ -169,7 +169,7 @@ class Study:
     finished: bool = False
 
     def run(self) -> list[dict[str, Any]]:
-        """Every cell: its fields beside what was measured."""
+        """Every cell: its fields beside what was measured, and whether it is of the `base` decoder."""
         texts = Texts.of(self.data, self.folder, self.size.base.vocab)
 
         def cell(decoder: Decoder, run: Run) -> Mapping[str, Any]:
@@ -191,7 +191,8 @@ class Study:
                 data_fingerprint=texts.identity,
                 revision=decoder.revision,
             )
-            results.append({**vars(decoder), "F": decoder.mlp.width, **found})
+            base = replace(decoder, seed=self.size.base.seed) == self.size.base
+            results.append({**vars(decoder), "F": decoder.mlp.width, "base": base, **found})
         if not results:
             raise InputError(f"{self.folder}: no cell of this size is finished")
         return results
