@@ -6,11 +6,26 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from .. import InputError
 from ..models.sparse_activations import FATReLU, StatisticalTopK, TopK
 from ..research.study.tables import Measured
 
 Result = Mapping[str, Any]
 Results = Sequence[Result]
+
+
+def base_of(results: Results) -> Result:
+    """The cell that all others are compared with, of whichever seed is finished first.
+
+    Raises `InputError` where there is none: of a study that was stopped others may be finished.
+    """
+    for one in results:
+        if one["base"]:
+            return one
+    raise InputError(
+        f"the base decoder, with which {len(results)} finished cells are compared, is not finished: run the "
+        f"study without --finished"
+    )
 
 
 def natural(results: Results) -> Results:
@@ -20,20 +35,20 @@ def natural(results: Results) -> Results:
 
 def neuron_series(results: Results) -> Results:
     """The cells of natural decoders that differ from the base in F alone."""
-    base = results[0]
+    base = base_of(results)
     return [one for one in natural(results) if all(one[name] == base[name] for name in ("width", "layers"))]
 
 
 def trainings(results: Results) -> Results:
     """The base decoder on each kind of data."""
-    base = results[0]
+    base = base_of(results)
     same = ("width", "layers", "F", "activation", "penalty")
     return [one for one in results if all(one[name] == base[name] for name in same)]
 
 
 def base_sized(results: Results) -> dict[str, list[Result]]:
     """Every feed-forward layer of the base decoder on text, by name."""
-    base, found = results[0], dict[str, list[Result]]()
+    base, found = base_of(results), dict[str, list[Result]]()
     for one in results:
         if one["data"] == "text" and all(one[name] == base[name] for name in ("width", "layers", "neurons")):
             found.setdefault(name_of(one), []).append(one)
@@ -94,3 +109,12 @@ def counted(runs: Results) -> str:
     """How many seeds there are."""
     seeds = len({run["seed"] for run in runs})
     return "one seed" if seeds == 1 else f"mean ± s.d. of up to {seeds} seeds"
+
+
+def seeds_of(*groups: Results) -> str:
+    """On how many seeds a statement on these groups stands."""
+    counts = [len({run["seed"] for run in runs}) for runs in groups]
+    least, most = min(counts), max(counts)
+    if most == 1:
+        return "one seed"
+    return f"{most} seeds" if least == most else f"{least} to {most} seeds"

@@ -11,6 +11,7 @@ from ..research.study.tables import Cell, Measured, Table
 from .moefication_subjects import LENGTH
 from .sparse_activation_cells import (
     Results,
+    base_of,
     base_sized,
     by_size,
     counted,
@@ -28,7 +29,11 @@ from .sparse_activation_work import GRID
 
 
 def write_sparse_activation(folder: Path, results: Results, page: Path | None) -> str:
-    """Write tables and figures under `folder`, the tables also into `page`; return the text."""
+    """Write tables and figures under `folder`, the tables also into `page`; return the text.
+
+    Raises `InputError`, before anything is written, where no cell is of the base decoder.
+    """
+    base_of(results)
     tables = {
         "sizes": size_table(results),
         "steps": step_table(results),
@@ -57,7 +62,7 @@ def write_page(page: Path, results: Results, text: str) -> None:
 
 def introduction(results: Results) -> str:
     """What was trained on what, by which command, and how much of it there is."""
-    base = results[0]
+    base = base_of(results)
     seeds = sorted({one["seed"] for one in results})
     cells = ", ".join(f"{sum(one['seed'] == seed for one in results)} of seed {seed}" for seed in seeds)
     return (

@@ -5,7 +5,17 @@ from __future__ import annotations
 from statistics import fmean, stdev
 
 from ..models.sparse_activations import StatisticalTopK, TopK
-from .sparse_activation_cells import Results, base_sized, grouped, mean_of, natural, neuron_series, trainings
+from .sparse_activation_cells import (
+    Results,
+    base_of,
+    base_sized,
+    grouped,
+    mean_of,
+    natural,
+    neuron_series,
+    seeds_of,
+    trainings,
+)
 
 CLAIMED_INPUTS = 0.8  # activate less than 5% of the neurons
 ALMOST_ALL = 0.95
@@ -13,15 +23,17 @@ LOSS = 0.01  # nats; smaller differences count as equal loss
 
 
 def verdicts(results: Results) -> str:
-    """Sentences on the claims with their figures, as a Markdown list."""
+    """Sentences on the claims with their figures and number of seeds, as a Markdown list."""
     sizes = grouped(natural(results), "width", "layers", "F")
     sparsest = max(sizes.values(), key=lambda runs: mean_of(runs, "below 5%"))
     most = mean_of(sparsest, "below 5%")
     least = min(mean_of(runs, "ever active") for runs in sizes.values())
+    seeds = seeds_of(*sizes.values())
     lines = [
         f"80% of inputs activate less than 5% of the neurons: {said(most >= CLAIMED_INPUTS)} (at most "
-        f"{most:.1%} of the inputs, of {len(sizes)} sizes).",
-        f"Almost every neuron is active for some input: {said(least >= ALMOST_ALL)} (at least {least:.1%}).",
+        f"{most:.1%} of the inputs, of {len(sizes)} sizes; {seeds}).",
+        f"Almost every neuron is active for some input: {said(least >= ALMOST_ALL)} (at least {least:.1%}; "
+        f"{seeds}).",
         *(larger(name, series, by) for name, series, by in axes(results)),
         counts_line(results),
         *noise_lines(results),
@@ -32,7 +44,7 @@ def verdicts(results: Results) -> str:
 
 def axes(results: Results) -> list[tuple[str, Results, str]]:
     """Names and cells of the three ways to be larger, and the field that grows."""
-    base = results[0]
+    base = base_of(results)
     found = natural(results)
     four = [one for one in found if one["F"] == 4 * one["width"]]
     return [
@@ -50,7 +62,7 @@ def larger(name: str, found: Results, by: str) -> str:
     means = [mean_of(runs, "active") for _, runs in series]
     apart = beyond(means[0] - means[-1], series[0][1], series[-1][1], "active", 0.005)
     way = ", ".join(f"{key}: {100 * value:.1f}%" for (key, _), value in zip(series, means))
-    way += "; one seed" if any(len(runs) == 1 for _, runs in series) else ""
+    way += f"; {seeds_of(*(runs for _, runs in series))}"
     steady = "" if sorted(means, reverse=True) == means else "; not at every step"
     return f"Decoders {name} are sparser: {said(apart)}{steady if apart else ''} ({by} {way})."
 
@@ -65,7 +77,7 @@ def counts_line(results: Results) -> str:
     more, active = most[0] / least[0], counts[1] / counts[0]
     return (
         f"With {more:.0f} times as many neurons a layer, {active:.1f} times as many are active ("
-        f"{counts[0]:.0f} of {least[0]}, {counts[1]:.0f} of {most[0]})."
+        f"{counts[0]:.0f} of {least[0]}, {counts[1]:.0f} of {most[0]}; {seeds_of(few, many)})."
     )
 
 
@@ -76,7 +88,8 @@ def noise_lines(results: Results) -> list[str]:
         first = fmean(run["steps"][0]["active"] for run in runs)
         last = fmean(run["steps"][-1]["active"] for run in runs)
         word = said(last < first - 0.005)
-        lines.append(f"Training on {data} makes neurons silent: {word} ({first:.1%} to {last:.1%} active).")
+        figures = f"{first:.1%} to {last:.1%} active; {seeds_of(runs)}"
+        lines.append(f"Training on {data} makes neurons silent: {word} ({figures}).")
     return lines
 
 
@@ -84,24 +97,23 @@ def cheapest(results: Results, kind: type) -> str:
     """The fewest neurons that a kind of top-k needs for ReLU's loss."""
     found = base_sized(results)
     dense = found["relu"]
+    tried = [runs for runs in found.values() if isinstance(runs[0]["activation"], kind)]
     equal = [
         runs
-        for runs in found.values()
-        if isinstance(runs[0]["activation"], kind)
-        and not beyond(mean_of(runs, "loss") - mean_of(dense, "loss"), runs, dense, "loss", LOSS)
+        for runs in tried
+        if not beyond(mean_of(runs, "loss") - mean_of(dense, "loss"), runs, dense, "loss", LOSS)
     ]
-    tried = any(isinstance(runs[0]["activation"], kind) for runs in found.values())
     if not tried:
         return ""
-    name = "Top-k" if kind is TopK else "Statistical top-k"
+    name, seeds = "Top-k" if kind is TopK else "Statistical top-k", seeds_of(dense, *tried)
     if not equal:
-        return f"{name} reaches ReLU's loss: does not hold at any k that was tried."
+        return f"{name} reaches ReLU's loss: does not hold at any k that was tried ({seeds})."
     best = min(equal, key=lambda runs: mean_of(runs, "active"))
     fewer = said(mean_of(best, "active") < mean_of(dense, "active"))
     mine, own = ((mean_of(runs, "active"), mean_of(runs, "loss")) for runs in (best, dense))
     return (
         f"{name} reaches ReLU's loss with fewer neurons: {fewer} (k={best[0]['activation'].k}: {mine[0]:.1%} "
-        f"active, loss {mine[1]:.3f}; ReLU {own[0]:.1%}, {own[1]:.3f})."
+        f"active, loss {mine[1]:.3f}; ReLU {own[0]:.1%}, {own[1]:.3f}; {seeds})."
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from modicum import InputError
 from modicum.experiments.sparse_activation import SIZES, Decoder, Study, sweep
-from modicum.experiments.sparse_activation_report import write_sparse_activation
+from modicum.experiments.sparse_activation_report import introduction, write_sparse_activation
 from modicum.experiments.sparse_activation_verdicts import verdicts
 from modicum.experiments.sparse_activation_work import GRID, Noise
 from modicum.models import GatedMLP, StatisticalTopK, TopK
@@ -60,7 +60,8 @@ def cell(**given):
     """A result that was not measured."""
     found = {**vars(Decoder()), "F": 256, "loss": 4.0, "active": 0.3, "below 5%": 0.1, "ever active": 1.0}
     steps = [{"step": 0, "active": 0.5}, {"step": 9, "active": given.get("active", 0.3)}]
-    return {**found, "steps": steps, "cumulative": [0.0] * len(GRID), **given}
+    base = not given.keys() - {"seed", "loss", "active"}
+    return {**found, "steps": steps, "cumulative": [0.0] * len(GRID), "base": base, **given}
 
 
 def test_verdicts_say_what_the_figures_say():
@@ -69,20 +70,42 @@ def test_verdicts_say_what_the_figures_say():
     cheap, poor = cell(activation=TopK(16), active=0.06), cell(activation=TopK(8), active=0.03, loss=4.1)
     soft = cell(activation=StatisticalTopK(8), loss=4.2, active=0.04)
     said = verdicts([cell(), deep, noisy, cheap, poor, soft])
-    assert "less than 5% of the neurons: holds at this scale (at most 85.0%" in said
-    assert "active for some input: holds at this scale (at least 100.0%)" in said
+    assert (
+        "less than 5% of the neurons: holds at this scale (at most 85.0% of the inputs, of 2 sizes; one seed)"
+        in said
+    )
+    assert "active for some input: holds at this scale (at least 100.0%; one seed)" in said
     assert "deeper are sparser: holds at this scale (layers 4: 30.0%, 8: 10.0%; one seed)" in said
-    assert "text makes neurons silent: holds at this scale (50.0% to 30.0%" in said
+    assert "text makes neurons silent: holds at this scale (50.0% to 30.0% active; one seed)" in said
     assert "random labels makes neurons silent: does not hold at this scale" in said
     assert "Top-k reaches ReLU's loss with fewer neurons: holds at this scale (k=16: 6.0%" in said
-    assert "Statistical top-k reaches ReLU's loss: does not hold" in said
+    assert "Statistical top-k reaches ReLU's loss: does not hold at any k that was tried (one seed)" in said
     seeds = [cell(seed=0), cell(seed=1, active=0.2), cell(layers=8, active=0.24)]
     assert "deeper are sparser: does not hold" in verdicts(seeds)  # within two deviations
     assert "wider" not in verdicts(seeds)
     more = verdicts([cell(), cell(neurons=1024, F=1024, active=0.2)])
-    assert (
-        "With 4 times as many neurons a layer, 2.7 times as many are active (77 of 256, 205 of 1024)" in more
-    )
+    assert "2.7 times as many are active (77 of 256, 205 of 1024; one seed)" in more
+
+
+def test_statements_say_on_how_many_seeds_they_stand():
+    both = [cell(), cell(seed=1)]
+    deep = cell(layers=8, active=0.1)
+    assert "(50.0% to 30.0% active; 2 seeds)" in verdicts([*both, deep])
+    assert "(layers 4: 30.0%, 8: 10.0%; 1 to 2 seeds)" in verdicts([*both, deep])
+    assert "8: 10.0%; 2 seeds)" in verdicts([*both, deep, {**deep, "seed": 1}])
+    for line in verdicts([*both, deep, cell(activation=TopK(8))]).splitlines():
+        assert "seed" in line
+
+
+def test_the_base_is_found_by_its_values_and_missed_in_one_line(smoke, tmp_path):
+    deep, other = cell(layers=8, active=0.1), cell(seed=1)
+    assert verdicts([deep, other]) == verdicts([other, deep])
+    _, results = smoke
+    assert [one["base"] for one in results] == [True, False, False]
+    assert introduction(results[::-1]) == introduction(results)
+    with pytest.raises(InputError, match="with which 2 finished cells are compared, is not finished"):
+        write_sparse_activation(tmp_path, results[1:], tmp_path / "page.md")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cell_says_what_it_trains():
