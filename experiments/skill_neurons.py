@@ -34,7 +34,7 @@ from .delta_tasks import Task, TaskRows, load_task
 from .skill_neurons_cells import MEASURED, speed, trial, values
 from .skill_neurons_work import ARRAYS, Work, Works
 
-REVISION = 2
+REVISION = 3
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
@@ -68,7 +68,7 @@ class Size:
     also read at the `checkpoints`, parts of the training.
     """
 
-    steps: int = 80
+    steps: int = 120
     batch: int = 16
     prompt: int = 16
     rate: float = 0.03
@@ -79,7 +79,7 @@ class Size:
     measured: int = 1
     fractions: tuple[float, ...] = (0.1, 0.3)
     kept: tuple[float, ...] = (0.02, 0.1)
-    draws: int = 2
+    draws: int = 8
     experts: int = 16
     crowded: int = 2
     checkpoints: tuple[float, ...] = (0.25, 0.5)
@@ -89,7 +89,14 @@ class Size:
 SIZES: Mapping[str, Size] = {
     "full": Size(),
     "quick": Size(
-        steps=40, read_rows=160, dev_rows=160, test_rows=160, seeds=(0,), fractions=(0.1,), kept=(0.1,)
+        steps=40,
+        read_rows=160,
+        dev_rows=160,
+        test_rows=160,
+        seeds=(0,),
+        fractions=(0.1,),
+        kept=(0.1,),
+        draws=4,
     ),
     "smoke": Size(
         steps=3,
@@ -109,13 +116,24 @@ SIZES: Mapping[str, Size] = {
 }
 
 
+TUNING = ("steps", "batch", "prompt", "rate", "read_rows", "dev_rows", "test_rows")
+READS: Mapping[str, tuple[str, ...]] = {  # of the size, by what is asked
+    "trial": TUNING,
+    "effects": (*TUNING, "seeds", "fractions", "kept", "draws"),
+    "transfer": (*TUNING, "tasks"),
+    "modules": (*TUNING, "checkpoints", "experts", "crowded", "draws"),
+    "values": TUNING,
+    "speed": (*TUNING, "seeds", "kept"),
+}
+
+
 @dataclass(frozen=True)
 class Cell:
-    """What a run asks: `what` of a task (of all tasks: "")."""
+    """What a run asks: `what` of a task, and what of the size that depends on: more draws tune no new prompt."""
 
     what: str
-    task: Task | None
-    size: Size
+    task: Task
+    size: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -166,6 +184,10 @@ class Study:
         """What the trial of a task and seed stored."""
         return load_file(self._cell("trial", name, seed, trial)[1] / ARRAYS)
 
+    def checkpoints(self, seed: int) -> tuple[float, ...]:
+        """The parts of a trial after which its neurons are read: of the seeds whose modules are asked for."""
+        return self.size.checkpoints if seed in self.size.seeds[: self.size.measured] else ()
+
     def masks(self, name: str, fraction: float) -> np.ndarray:
         """The task's skill neurons `[L, F]`, by predictivities on dev in the mean over seeds."""
         trials = [self.arrays(name, seed)["predictivity"] for seed in self.size.seeds]
@@ -184,9 +206,12 @@ class Study:
     def _cell(
         self, what: str, name: str, seed: int, ask: Callable[..., dict[str, Any]]
     ) -> tuple[dict[str, Any], Path]:
+        reads = {field: getattr(self.size, field) for field in READS[what]}
+        if what == "trial":
+            reads["checkpoints"] = self.checkpoints(seed)
         run = run_cell(
             self.folder,
-            Cell(what, self.tasks[name], self.size),
+            Cell(what, self.tasks[name], reads),
             f"{what}-{name}-seed{seed}",
             partial(ask, self, name, seed),
             seed=seed,

@@ -34,15 +34,15 @@ def trial(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
     trials = work.programs.trials
     batches = Batches(work.rows.train, size.batch, seed)
     trial, settled = trials.start(seed, size.rate), []
-    for part in (*size.checkpoints, 1.0):
+    for part in (*study.checkpoints(seed), 1.0):
         trial = trials.advance(trial, batches, round(part * size.steps))
-        if seed in size.seeds[: size.measured] and part < 1:
+        if part < 1:
             settled.append(work.predictivity(work.variables_of(trial)))
     chosen = trials.score(trial, work.rows.test, ROWS).chosen
     variables = work.variables_of(trial)
     thresholds, dev, test = work.read(variables)
     shuffled = work.shuffled(variables, thresholds, seed)
-    dev_before, test_before = work.untrained
+    dev_before, test_before = work.untrained(seed)
     means, deviations = work.programs.spread(work.arrays(variables), work.batches(work.read_rows))
     settled = [dev_before.by_neuron(), *settled, dev.by_neuron()]
     stored = {

@@ -92,15 +92,15 @@ def correctness(found: Found, name: str, seed: int, label: str) -> np.ndarray:
 def gap(found: Found, name: str, seeds: Sequence[int], what: str) -> tuple[float, float, Interval]:
     """Accuracies % with skill and with random neurons changed, and random's advantage with its interval.
 
-    An example's difference is its mean over seeds and draws; examples are resampled.
+    Both the examples and the random draws are resampled.
     """
     skill, control = [], []
     for seed in seeds:
         labels = found["effects"][name, seed]["correct"]
         others = [label for label in labels if label.startswith(f"{what}/random")]
-        skill.append(correctness(found, name, seed, f"{what}/skill"))
-        control.append(np.mean([correctness(found, name, seed, label) for label in others], 0))
-    one, other = 100 * np.mean(skill, 0), 100 * np.mean(control, 0)
+        skill += [correctness(found, name, seed, f"{what}/skill")] * len(others)
+        control += [correctness(found, name, seed, label) for label in others]
+    one, other = 100 * np.array(skill), 100 * np.array(control)
     return float(one.mean()), float(other.mean()), bootstrap(other - one)
 
 
@@ -123,8 +123,8 @@ def perturbation_table(found: Found, names: Sequence[str], seeds: Sequence[int])
     caption = (
         "Test accuracy % with a share of every layer's neurons changed: normal noise added, its deviation "
         "the root mean square over the layer's neurons and texts of a text's mean activation, or each held "
-        "at its mean. Gap: random less skill, in points, with its 95% interval over test examples (2,000 "
-        "resamples), not over which neurons were drawn or over seeds."
+        "at its mean. Gap: random less skill, in points, with its 95% interval over test examples and "
+        "over which random neurons were drawn (both resampled 2,000 times), not over seeds."
     )
     return Table(("task", "change", "neurons", "skill", "random", "gap"), tuple(rows), caption)
 
@@ -202,22 +202,23 @@ def modules_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> T
         "pairs of them that share an expert, beside random partitions of the same sizes and the p-value of "
         "that; untrained: of the prompt before training. Held: points of test accuracy that it costs more to "
         "hold at their means the neurons of the experts with most of them than those of random experts, and "
-        "the most predictive neurons than random ones, as many each time; 95% intervals over test examples."
+        "the most predictive neurons than random ones, as many each time; 95% intervals over test examples and "
+        "draws."
     )
     return Table(columns, tuple(rows), caption)
 
 
 def _held_gap(runs: Sequence[Mapping[str, Any]], what: str) -> Interval:
-    """Random less chosen, over examples, where `what` (experts or neurons) are held at their means."""
-    differences = []
+    """Random less chosen, over draws and examples, where `what` (experts, neurons) are held at means."""
+    differences: list[np.ndarray] = []
     for run in runs:
 
         def right(label: str, run: Mapping[str, Any] = run) -> np.ndarray:
             return np.isin(np.arange(run["rows"]), run["correct"][label]).astype(float)
 
         controls = [right(label) for label in run["correct"] if label.startswith(f"random {what}")]
-        differences.append(np.mean(controls, 0) - right(what))
-    return bootstrap(100 * np.mean(differences, 0))
+        differences += [control - right(what) for control in controls]
+    return bootstrap(100 * np.array(differences))
 
 
 def modules_figure(found: Found, names: Sequence[str], seeds: Sequence[int], path: Path) -> None:
@@ -228,7 +229,7 @@ def modules_figure(found: Found, names: Sequence[str], seeds: Sequence[int], pat
         for what in ("experts", "neurons")
     }
     title = "Neurons held at their means: the task's experts and neurons beside random ones"
-    interval_bars(path, title, names, bars, "points of test accuracy, with 95% intervals over examples")
+    interval_bars(path, title, names, bars, "points of test accuracy, with 95% intervals")
 
 
 def stability_table(

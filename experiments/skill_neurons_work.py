@@ -132,10 +132,9 @@ class Work:
         thresholds = probe.thresholds(arrays, self.batches(self.read_rows))
         return probe.accuracy(arrays, self.batches(self.rows.dev), thresholds).by_neuron()
 
-    @cached_property
-    def untrained(self) -> tuple[Accuracy, Accuracy]:
-        """Accuracies on dev and on test of the prompt before training, which is the same for every seed."""
-        fresh = self.programs.trials.start(0, 1.0).variables
+    def untrained(self, seed: int) -> tuple[Accuracy, Accuracy]:
+        """Accuracies on dev and on test of a seed's prompt before training."""
+        fresh = self.programs.trials.start(seed, 1.0).variables
         return self.read(jax.device_get(fresh))[1:]
 
     def shuffled(self, variables: Mapping[str, Any], thresholds: np.ndarray, seed: int) -> Accuracy:

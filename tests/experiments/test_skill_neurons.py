@@ -103,6 +103,14 @@ def test_the_study_runs_once_and_says_what_it_found(study, found, tmp_path):
         assert (tmp_path / "skill" / f"{name}.png").exists() and f"(skill/{name}.png)" in text
 
 
+def test_more_draws_tune_no_new_prompt(study, found):
+    folders = set(study.folder.iterdir())
+    more = replace(study, size=replace(study.size, draws=5, kept=(0.5,)))
+    assert more.trial("one", 0) == found["trial"]["one", 0]
+    assert set(study.folder.iterdir()) == folders
+    assert replace(study, size=replace(study.size, seeds=(0, 1))).checkpoints(1) == ()
+
+
 def test_trials_measure_every_question_with_its_controls(found):
     for trial in found["trial"].values():
         assert len(trial["top"]) == len(trial["shuffled_top"]) == 1

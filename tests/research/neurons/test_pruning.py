@@ -121,3 +121,16 @@ def test_removing_the_planted_neurons_destroys_the_skill_and_random_ones_do_not(
     gap = bootstrap(100.0 * (correct[2] - correct[1].astype(float)))
     assert gap.low > 20 and gap.low < gap.mean < gap.high
     assert bootstrap(np.zeros(9)) == (0, 0, 0) and str(bootstrap(-np.zeros(9))) == "+0.0 [+0.0, +0.0]"
+    with pytest.raises(InputError, match=r"\(2, 2, 2\)"):
+        bootstrap(np.zeros((2, 2, 2)))
+
+
+def test_draws_are_resampled_as_examples_are():
+    """Of effects of draws and of examples around 0, about 95 of 100 intervals contain it; of examples alone few."""
+    numbers, covered, alone = np.random.default_rng(0), 0, 0
+    for trial in range(100):
+        table = numbers.normal(0, 3, (8, 1)) + numbers.normal(0, 3, 60) + numbers.normal(0, 3, (8, 60))
+        both, examples = bootstrap(table, trial, 400), bootstrap(table.mean(0), trial, 400)
+        covered += both.low <= 0 <= both.high
+        alone += examples.low <= 0 <= examples.high
+    assert covered >= 85 and alone < 60
