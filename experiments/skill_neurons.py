@@ -129,7 +129,7 @@ READS: Mapping[str, tuple[str, ...]] = {  # of the size, by what is asked
 
 @dataclass(frozen=True)
 class Cell:
-    """What a run asks: `what` of a task, and what of the size that depends on: more draws tune no new prompt."""
+    """What a run asks of a task, and the part of the size that it reads: more draws tune no new prompt."""
 
     what: str
     task: Task

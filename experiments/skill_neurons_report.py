@@ -202,8 +202,8 @@ def modules_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> T
         "pairs of them that share an expert, beside random partitions of the same sizes and the p-value of "
         "that; untrained: of the prompt before training. Held: points of test accuracy that it costs more to "
         "hold at their means the neurons of the experts with most of them than those of random experts, and "
-        "the most predictive neurons than random ones, as many each time; 95% intervals over test examples and "
-        "draws."
+        "the most predictive neurons than random ones, as many each time; 95% intervals over test examples "
+        "and draws."
     )
     return Table(columns, tuple(rows), caption)
 

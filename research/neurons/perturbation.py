@@ -55,9 +55,9 @@ class Perturbed:
 def bootstrap(differences: np.ndarray, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Interval:
     """The mean of `differences` with its percentile interval over what could have been drawn otherwise.
 
-    `[N]`: examples are resampled (Efron, 1979). `[R, N]`: so are the R random draws that examples were compared
-    with, independently of them (the pigeonhole bootstrap: Owen, 2007, "The pigeonhole bootstrap"); its intervals
-    are rather too wide than too narrow. Of one draw nothing is known about others: take more.
+    `[N]`: examples are resampled (Efron, 1979). `[R, N]`: so are the R random draws that examples were
+    compared with, independently of them ("The pigeonhole bootstrap", Owen, 2007); its intervals are rather
+    too wide than too narrow. Of one draw nothing is known about others: take more.
     """
     if differences.ndim not in (1, 2) or differences.size == 0:
         raise InputError(f"differences have shape {differences.shape}; resampled are [N] or [R, N]")

@@ -126,7 +126,7 @@ def test_removing_the_planted_neurons_destroys_the_skill_and_random_ones_do_not(
 
 
 def test_draws_are_resampled_as_examples_are():
-    """Of effects of draws and of examples around 0, about 95 of 100 intervals contain it; of examples alone few."""
+    """Of draws and examples with effects around 0, 95 of 100 intervals contain it; of examples alone, few."""
     numbers, covered, alone = np.random.default_rng(0), 0, 0
     for trial in range(100):
         table = numbers.normal(0, 3, (8, 1)) + numbers.normal(0, 3, 60) + numbers.normal(0, 3, (8, 60))
