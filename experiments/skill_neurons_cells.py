@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from ..models.model import Params
 from ..research import delta
 from ..research.data.batches import Batch, Batches
-from ..research.data.parts import spread_out
+from ..research.data.parts import every_nth
 from ..research.neurons import Accuracy, fit_probe, fixed, noised, prune, random_like, select, stacked
 from ..research.neurons.modules import densest, modularity, random_experts, stability
 from ..research.neurons.reading import model_inputs
@@ -95,7 +95,7 @@ def effects(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
 def transfer(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
     """How well this task's labels are read from hidden states under each task's prompt."""
     work = study.work(name)
-    train, test = spread_out(work.rows.train, study.size.read_rows), work.rows.test
+    train, test = every_nth(work.rows.train, study.size.read_rows), work.rows.test
     prompts = {source: study.arrays(source, seed)[f"{PROMPT}/prompt"] for source in study.size.tasks}
     fresh = work.programs.trials.start(seed, study.size.rate).variables
     prompts["untrained"] = jax.device_get(fresh)["delta"][PROMPT]["prompt"]

@@ -17,7 +17,7 @@ from ..models.hooks import site_shapes
 from ..models.model import Params
 from ..research import delta
 from ..research.data.batches import Batches, evaluation_batches
-from ..research.data.parts import Part, spread_out
+from ..research.data.parts import Part, every_nth
 from ..research.neurons import (
     Accuracy,
     Layers,
@@ -175,7 +175,7 @@ class Works:
                 self._programs[key] = Programs(
                     self._backbone, len(rows.labels), example, size.steps, size.prompt
                 )
-            read = spread_out(rows.train, size.read_rows)
+            read = every_nth(rows.train, size.read_rows)
             self._works[task.name] = Work(rows, self._programs[key], read, self._common)
         return self._works[task.name]
 

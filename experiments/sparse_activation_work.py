@@ -18,7 +18,7 @@ from ..models.model import Params
 from ..parallel.layout import Layout
 from ..research.data.batches import Rows, evaluation_batches
 from ..research.data.packing import packed_corpus
-from ..research.data.parts import spread_out
+from ..research.data.parts import every_nth
 from ..research.data.sources import load_source
 from ..research.data.tokenizers import Tokenizer, train_tokenizer
 from ..research.sparsity.mass import measure_mass
@@ -102,7 +102,7 @@ def trained_and_measured(decoder: Decoder, texts: Texts, run: Run) -> dict[str, 
         "random labels": lambda rows, side: Noise(rows, texts.vocab, False, side),
         "random tokens": lambda rows, side: Noise(rows, texts.vocab, True, side),
     }[decoder.data]
-    rows, test = noise(texts.train, 0), noise(spread_out(texts.test, decoder.test_rows), 1)
+    rows, test = noise(texts.train, 0), noise(every_nth(texts.test, decoder.test_rows), 1)
     model = Transformer(config_of(decoder, texts.vocab))
     counter = Counter(model, (decoder.site,))
 
@@ -113,9 +113,9 @@ def trained_and_measured(decoder: Decoder, texts: Texts, run: Run) -> dict[str, 
         model, rows, decoder.training, layout=Layout.single(), evaluation=test, penalty=decoder.prices
     )
     start = jax.jit(model.init)(jax.random.key(decoder.seed), jnp.zeros((1, LENGTH), jnp.int32))
-    first = counted(start, spread_out(test, PROBE))
+    first = counted(start, every_nth(test, PROBE))
     outcome = train(
-        watching(job, lambda params: counted(params, spread_out(test, PROBE))), decoder.training, run
+        watching(job, lambda params: counted(params, every_nth(test, PROBE))), decoder.training, run
     )
     if outcome.stopped:
         raise InputError(f"{run.folder}: stopped ({outcome.stopped}); start the study again to go on")
@@ -126,7 +126,7 @@ def trained_and_measured(decoder: Decoder, texts: Texts, run: Run) -> dict[str, 
         "accuracy": last["accuracy"],
         "parameters": parameter_count(model),
         "steps": [{"step": 0, **shares(first)}, *outcome.evaluations],
-        "train active": counted(params, spread_out(rows, decoder.test_rows)).active_ratio,
+        "train active": counted(params, every_nth(rows, decoder.test_rows)).active_ratio,
         **described(found),
         "effective": effective(model, params, test, decoder.site),
     }

@@ -10,7 +10,7 @@ import numpy as np
 from ... import InputError
 from .batches import Rows
 
-__all__ = ["Part", "hold_out", "spread_out"]
+__all__ = ["Part", "every_nth", "hold_out", "spread_out"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,24 @@ def hold_out(rows: Rows, fraction: float) -> tuple[Part, Part]:
 
 
 def spread_out(rows: Rows, count: int) -> Part:
-    """At most `count` rows at equal distances, so that they stand for all."""
-    stride = max(1, len(rows) // count)
+    """At most `count` rows at equal distances over the whole of `rows`, so that they stand for all.
+
+    Distances differ by one, where `count` does not divide the number of rows. Raises `InputError` for none.
+    """
+    kept = min(_at_least_one(count), len(rows))
+    return Part(rows, [number * len(rows) // kept for number in range(kept)])
+
+
+def every_nth(rows: Rows, count: int) -> Part:
+    """At most `count` rows at one distance, from the first on, whatever number is left at the end.
+
+    For rows in random order; and for studies whose finished cells read these.
+    """
+    stride = max(1, len(rows) // _at_least_one(count))
     return Part(rows, range(0, len(rows), stride)[:count])
+
+
+def _at_least_one(count: int) -> int:
+    if count < 1:
+        raise InputError(f"{count} rows at equal distances; at least one is valid")
+    return count
