@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from ... import InputError
 from .bench_attention import AttentionBench
 from .bench_bounds import BoundsBench
 from .bench_compiled import AttentionCompiledBench
 from .bench_delta import MemoryBench, StorageBench
 from .bench_ffn import FeedForwardBench
+from .options import require_folder
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class TrainBench:
         from ..bench.job import DecoderJob
         from ..bench.training import measure_training
         from ..bench.training_report import summary, write
+        from .progress import notice
 
         require_folder(self.out)
         job = DecoderJob(self.layers, self.width, self.heads, self.length, self.batch, self.vocab)
@@ -59,7 +59,7 @@ class TrainBench:
             steps=self.steps,
             contenders=self.contenders,
             threads=self.threads,
-            report=say,
+            report=notice,
         )
         print(summary(seen))
         if self.out is not None:
@@ -100,6 +100,7 @@ class GenerateBench:
         from ..bench.checkpoints import grouped, peers
         from ..bench.generation import measure_generation, require_peers
         from ..bench.generation_report import summary, write
+        from .progress import notice
 
         require_folder(self.out)
         lengths = self.prompt, self.new
@@ -110,7 +111,7 @@ class GenerateBench:
             entering = peers(self.model, self.contenders, *lengths)
         with entering as entrants:
             seen = measure_generation(
-                entrants, batches=self.batch, rounds=self.rounds, threads=self.threads, report=say
+                entrants, batches=self.batch, rounds=self.rounds, threads=self.threads, report=notice
             )
         print(summary(seen))
         if self.out is not None:
@@ -157,6 +158,7 @@ class TuneBench:
         """Print the tables."""
         from ..bench.tuning import measure_tuning, require_peers, tuning_job
         from ..bench.tuning_report import summary, write
+        from .progress import notice
 
         require_folder(self.out)
         require_peers(self.contenders)
@@ -168,7 +170,7 @@ class TuneBench:
                 steps=self.steps,
                 contenders=self.contenders,
                 threads=self.threads,
-                report=say,
+                report=notice,
             )
         print(summary(seen))
         if self.out is not None:
@@ -206,14 +208,3 @@ class Bench:
     def run(self) -> int:
         """Print the tables."""
         return self.what.run()
-
-
-def require_folder(out: Path | None) -> None:
-    """Raise `InputError` where the tables could not be written."""
-    if out is not None and out.exists() and not out.is_dir():
-        raise InputError(f"out={out} is a file; give a folder")
-
-
-def say(line: str) -> None:
-    """What is going on, on standard error."""
-    print(line, file=sys.stderr, flush=True)

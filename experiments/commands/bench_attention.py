@@ -87,7 +87,8 @@ class AttentionBench:
     def _measure(self, job: AttentionJob) -> int:
         from ..bench.attention import measure_attention
         from ..bench.attention_report import summary, write
-        from .bench import require_folder, say
+        from .options import require_folder
+        from .progress import notice
 
         require_folder(self.out)
         seen = measure_attention(
@@ -98,7 +99,7 @@ class AttentionBench:
             without=self.without,
             cpu=self.cpu,
             threads=self.threads,
-            report=say,
+            report=notice,
         )
         print(summary(seen))
         if self.out is not None:
@@ -108,13 +109,15 @@ class AttentionBench:
     def _tune(self, job: AttentionJob) -> int:
         from ...models.kernels.block_sizes import TABLE, read, written
         from ..bench.attention_tuning import tune
-        from .bench import say
+        from .progress import notice
 
         if self.rounds < 1:
             raise InputError(f"rounds={self.rounds} must be at least 1")
         path = self.table or TABLE
         known = read(path if path.exists() else TABLE)
-        table = tune(job, known, lengths=self.lengths, rounds=self.rounds, without=self.without, report=say)
+        table = tune(
+            job, known, lengths=self.lengths, rounds=self.rounds, without=self.without, report=notice
+        )
         path.write_text(written(table))
         print(f"{path} has the block sizes")
         return 0
@@ -123,7 +126,7 @@ class AttentionBench:
         from ...models.kernels.block_sizes import TABLE, read, written
         from ..bench.attention_tiles import ranked, steps_of
         from ..bench.attention_tpu import missing
-        from .bench import say
+        from .progress import notice
 
         if self.mask not in ("causal", "full") or self.bias != "none":
             told = f"mask={self.mask}, bias={self.bias}"
@@ -133,7 +136,7 @@ class AttentionBench:
         path = self.table or TABLE
         known = read(path if path.exists() else TABLE)
         steps = steps_of(self.chips, self.width, self.dtype)
-        table = ranked(steps, known, width=self.width, dtype=self.dtype, lengths=self.lengths, report=say)
+        table = ranked(steps, known, width=self.width, dtype=self.dtype, lengths=self.lengths, report=notice)
         path.write_text(written(table))
         print(f"{path} has the block sizes, by static counts of bundles and no times")
         return 0

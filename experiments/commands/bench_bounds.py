@@ -27,13 +27,13 @@ class BoundsBench:
         from ..bench.attention_biases import biases_table, measure_biases
         from ..bench.attention_bounds import document, measure
         from ..bench.attention_tpu import missing
-        from .bench import say
+        from .progress import notice
 
         if reason := missing():
             raise InputError(f"attention-bounds compiles for TPUs: {reason}")
         if min(self.widths, default=0) < 1:
             raise InputError(f"widths={self.widths} must be numbers of at least 1")
-        bounds = measure(self.chips, self.widths, say)
+        bounds = measure(self.chips, self.widths, notice)
         page = document(bounds, list(biases_table(measure_biases(self.chips))))
         if self.out is not None:
             self.out.write_text(page)

@@ -22,10 +22,11 @@ class AttentionCompiledBench:
     def run(self) -> int:
         """Print the table."""
         from ..bench.attention_compiled import as_text, compile_all
-        from .bench import require_folder, say
+        from .options import require_folder
+        from .progress import notice
 
         require_folder(None if self.out is None else self.out.parent)
-        kernels = compile_all(self.only, say)
+        kernels = compile_all(self.only, notice)
         text = as_text(kernels)
         print(text)
         if self.out is not None:

@@ -39,7 +39,7 @@ class MemoryBench:
     def run(self) -> int:
         """Print the table."""
         from ..delta_memory import MemoryCase, measure_all, memory_table
-        from .bench import say
+        from .progress import notice
 
         for name in ("batch", "length"):
             if min(getattr(self, name), default=1) < 1:
@@ -48,7 +48,7 @@ class MemoryBench:
         cases = [
             MemoryCase(self.model, method, batch, length, remat) for length, remat, batch, method in settings
         ]
-        table = memory_table(measure_all(cases, self.topology, self.kept, say))
+        table = memory_table(measure_all(cases, self.topology, self.kept, notice))
         where = self.topology or "CPU"
         print(f"{table.caption}, {self.model} compiled for {where}:\n\n{table.markdown()}")
         return 0

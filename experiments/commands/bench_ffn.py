@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ... import InputError
-from .progress import console
+from .options import require_folder
+from .progress import notice
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class FeedForwardBench:
         from ..bench.ffn import measure_feed_forward
         from ..bench.ffn_report import summary, write
 
-        if self.out is not None and self.out.exists() and not self.out.is_dir():
-            raise InputError(f"out={self.out} is a file; give a folder")
+        require_folder(self.out)
         if self.decode:
             return self._decode()
         seen = measure_feed_forward(
@@ -49,7 +48,7 @@ class FeedForwardBench:
             batches=self.batch,
             contenders=self.contenders,
             rounds=self.rounds,
-            report=console().print,
+            report=notice,
         )
         print(summary(seen))
         if self.out is not None:
@@ -59,10 +58,7 @@ class FeedForwardBench:
     def _decode(self) -> int:
         from ..bench.ffn_decode import decoding_table, measure_decoding
 
-        found = [
-            measure_decoding(name, self.shares, self.rounds, self.impl, console().print)
-            for name in self.decode
-        ]
+        found = [measure_decoding(name, self.shares, self.rounds, self.impl, notice) for name in self.decode]
         table = decoding_table(found)
         print(f"{table.caption}\n\n{table.markdown()}")
         if self.out is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ... import InputError
@@ -115,3 +116,9 @@ class PlacementOptions:
                 f"{' and '.join(missing)} missing; several processes need all of "
                 f"{', '.join(f'--{name}' for name in given)}, or none under a launcher"
             )
+
+
+def require_folder(out: Path | None) -> None:
+    """Raise `InputError` where tables could not be written into `out`."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"out={out} is a file; give a folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,11 @@ def say(text: str) -> None:
 
     if is_main():
         print(text, flush=True)
+
+
+def notice(line: str) -> None:
+    """Say what is going on, on standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
