@@ -57,13 +57,19 @@ def bootstrap(differences: np.ndarray, seed: int = 0, resamples: int = 2000, lev
 
     `[N]`: examples are resampled (Efron, 1979). `[R, N]`: so are the R random draws that examples were
     compared with, independently of them ("The pigeonhole bootstrap", Owen, 2007); its intervals are rather
-    too wide than too narrow. Of one draw nothing is known about others: take more.
+    too wide than too narrow. `[S, R, N]`: so are S seeds, each with draws of its own, of the same examples.
+    Of one draw or seed nothing is known about others, and of two or three too little: take more.
     """
-    if differences.ndim not in (1, 2) or differences.size == 0:
-        raise InputError(f"differences have shape {differences.shape}; resampled are [N] or [R, N]")
-    table, numbers = np.atleast_2d(differences), np.random.default_rng(seed)
-    draws, examples = (numbers.multinomial(n, np.full(n, 1 / n), resamples) / n for n in table.shape)
-    means = np.einsum("br,bn,rn->b", draws, examples, table, optimize=True)
+    if differences.ndim not in (1, 2, 3) or differences.size == 0:
+        raise InputError(f"differences have shape {differences.shape}; resampled are [N], [R, N], [S, R, N]")
+    table = differences.reshape((1,) * (3 - differences.ndim) + differences.shape)
+    numbers, (trainings, draws, examples) = np.random.default_rng(seed), table.shape
+
+    def resampled(count: int, *sets: int) -> np.ndarray:
+        return numbers.multinomial(count, np.full(count, 1 / count), sets) / count
+
+    seeds, drawn = resampled(trainings, resamples), resampled(draws, resamples, trainings)
+    means = np.einsum("bs,bsr,bn,srn->b", seeds, drawn, resampled(examples, resamples), table, optimize=True)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(differences.mean()), float(low), float(high))
 

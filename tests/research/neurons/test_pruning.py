@@ -121,8 +121,8 @@ def test_removing_the_planted_neurons_destroys_the_skill_and_random_ones_do_not(
     gap = bootstrap(100.0 * (correct[2] - correct[1].astype(float)))
     assert gap.low > 20 and gap.low < gap.mean < gap.high
     assert bootstrap(np.zeros(9)) == (0, 0, 0) and str(bootstrap(-np.zeros(9))) == "+0.0 [+0.0, +0.0]"
-    with pytest.raises(InputError, match=r"\(2, 2, 2\)"):
-        bootstrap(np.zeros((2, 2, 2)))
+    with pytest.raises(InputError, match=r"\(2, 2, 2, 2\)"):
+        bootstrap(np.zeros((2, 2, 2, 2)))
 
 
 def test_draws_are_resampled_as_examples_are():
@@ -134,3 +134,18 @@ def test_draws_are_resampled_as_examples_are():
         covered += both.low <= 0 <= both.high
         alone += examples.low <= 0 <= examples.high
     assert covered >= 85 and alone < 60
+
+
+def test_seeds_are_resampled_with_draws_of_their_own():
+    """Effects of six seeds: 95 of 100 intervals contain 0, few where seeds count as so many more draws."""
+    numbers, covered, pooled = np.random.default_rng(1), 0, 0
+    for trial in range(100):
+        table = numbers.normal(0, 3, (6, 1, 1)) + numbers.normal(0, 1, (6, 4, 1)) + numbers.normal(0, 1, 40)
+        nested = bootstrap(table, trial, 400)
+        flat = bootstrap(table.reshape(24, 40), trial, 400)
+        covered += nested.low <= 0 <= nested.high
+        pooled += flat.low <= 0 <= flat.high
+    assert covered >= 80 and pooled < 70
+    one = numbers.normal(size=(5, 30))
+    assert bootstrap(one[None]) == bootstrap(one)
+    np.testing.assert_allclose(bootstrap(one[:1]), bootstrap(one[0]))
