@@ -4,8 +4,8 @@ Claims put to the test: neurons for concepts of emotions emerge in a language mo
 have like neurons, and masking the neurons of an attribute of emotions costs the emotions that have it more
 than masking as many random ones (Li et al., arXiv 2302.09582, with RoBERTa-base and ratings of people).
 
-Command: `modicum study emotion-neurons` (half an hour of one core; stopped at any point, it goes on), `--size
-quick` for fewer, `--size smoke` for a minute. Expected, of the quick size: docs/results/emotion_neurons.md.
+Command: `modicum study emotion-neurons` (half an hour on two cores; stopped at any point, it goes on),
+`--size quick` for fewer, `--size smoke` for a minute. Expected: docs/results/emotion_neurons.md.
 
 Each emotion of GoEmotions (Demszky et al., 2020) is a task of its own: is this text of it, or of another
 emotion? Both answers are equally frequent in all splits. All tasks share one compiled program, of which a
@@ -46,7 +46,7 @@ from .emotion_tasks import Emotions
 from .skill_neurons_cells import balanced_accuracy, top_neurons
 from .skill_neurons_work import ARRAYS, ROWS, Programs, Work
 
-REVISION = 1
+REVISION = 2
 ATTRIBUTES = ("valence", "anger", "sadness", "surprise")
 RANKINGS = ("prompts", "texts")
 
@@ -67,14 +67,14 @@ class Size:
     dev_rows: int = 128
     test_rows: int = 96
     seeds: tuple[int, ...] = (0, 1)
-    shares: tuple[float, ...] = (0.05, 0.15)
-    draws: int = 4
+    shares: tuple[float, ...] = (0.15,)
+    draws: int = 16
     emotions: tuple[str, ...] = ()
 
 
 SIZES: Mapping[str, Size] = {
     "full": Size(),
-    "quick": Size(steps=40, read_rows=96, dev_rows=96, test_rows=64, seeds=(0,), shares=(0.15,)),
+    "quick": Size(steps=40, read_rows=96, dev_rows=96, test_rows=64, seeds=(0,), draws=8),
     "smoke": Size(
         steps=2,
         batch=4,
@@ -85,19 +85,27 @@ SIZES: Mapping[str, Size] = {
         test_rows=16,
         seeds=(0,),
         shares=(0.2,),
-        draws=1,
+        draws=2,
         emotions=("anger", "annoyance", "joy", "love", "sadness", "surprise"),
     ),
 }
 
 
+TUNING = ("steps", "batch", "prompt", "length", "rate", "read_rows", "dev_rows", "test_rows")
+READS: Mapping[str, tuple[str, ...]] = {  # of the size, by what is asked
+    "concepts": ("length", "read_rows", "emotions"),
+    "trial": TUNING,
+    "masked": (*TUNING, "emotions", "shares", "draws"),
+}
+
+
 @dataclass(frozen=True)
 class Cell:
-    """What a run asks: `what` of an emotion's task (of all of them: "")."""
+    """What a run asks of an emotion's task (of all of them: ""), and the part of the size that it reads."""
 
     what: str
     emotion: str
-    size: Size
+    size: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -167,9 +175,10 @@ class Study:
     def _cell(
         self, what: str, name: str, seed: int, ask: Callable[..., dict[str, Any]]
     ) -> tuple[dict[str, Any], Path]:
+        reads = {field: getattr(self.size, field) for field in READS[what]}
         run = run_cell(
             self.folder,
-            Cell(what, name, self.size),
+            Cell(what, name, reads),
             f"{what}-{name or 'all'}-seed{seed}",
             partial(ask, name, seed),
             seed=seed,

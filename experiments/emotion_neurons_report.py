@@ -38,7 +38,7 @@ def write_report(study: Study, found: Found, page: Path | None) -> str:
         ("Alike, by Ekman's groups", similarity_table(maps, groups)),
         ("Alike, by valence", similarity_table(maps, study.valences.tolist())),
         ("Tasks and texts", reference_table(maps)),
-        ("Masked", mask_table(masked)),
+        ("Masked", mask_table(masked, len(study.size.seeds))),
     ):
         table.write(study.folder / "tables", re.sub(r"\W+", "-", title.lower()))
         parts.append(f"## {title}\n\n{table.caption}\n\n{table.markdown()}")
@@ -142,7 +142,7 @@ class Effect:
     """What masking one attribute's neurons costs, in % and points of test accuracy.
 
     `gap` is random less chosen for emotions that have the attribute, `others` for those that have it not,
-    `contrast` their difference; `as_bad` of `draws` random masks leave no more.
+    `contrast` their difference; `as_bad` of `draws` random masks of all seeds leave no more.
     """
 
     ranking: str
@@ -173,42 +173,46 @@ def effects(study: Study, found: Found, share: float) -> list[Effect]:
 
 
 def _effect(found: Found, label: str, own: Sequence[str], others: Sequence[str]) -> Effect:
-    chosen, random, whole, draws = _right(found, label, own)
-    there, there_random, _, _ = _right(found, label, others) if others else (np.zeros(0),) * 4
-    gap, gap_there = 100 * (random - chosen), 100 * (there_random - there)
-    count = len(gap) + len(gap_there)
-    contrast = np.concatenate([gap * count / len(gap), -gap_there * count / max(1, len(gap_there))])
+    chosen, random, whole = (100 * each for each in _right(found, label, own))
+    gap, gap_there, contrast = random - chosen[:, None], None, None
+    if others:
+        there, random_there, _ = (100 * each for each in _right(found, label, others))
+        gap_there = random_there - there[:, None]
+        count, mine, theirs = gap.shape[-1] + gap_there.shape[-1], gap.shape[-1], gap_there.shape[-1]
+        contrast = np.concatenate([gap * count / mine, -gap_there * count / theirs], -1)  # one set of masks
     ranking, attribute, share = label.split("/")
+    as_bad = random.mean(-1) <= chosen.mean(-1, keepdims=True) + 1e-9
     return Effect(
         ranking, attribute, float(share),
-        whole=100 * whole.mean(), chosen=100 * chosen.mean(), random=100 * random.mean(),
+        whole=whole.mean(), chosen=chosen.mean(), random=random.mean(),
         gap=bootstrap(gap),
-        others=bootstrap(gap_there) if others else None,
-        contrast=bootstrap(contrast) if others else None,
-        as_bad=int((draws.mean(1) <= chosen.mean() + 1e-12).sum()), draws=len(draws),
+        others=None if gap_there is None else bootstrap(gap_there),
+        contrast=None if contrast is None else bootstrap(contrast),
+        as_bad=int(as_bad.sum()), draws=as_bad.size,
     )  # fmt: skip
 
 
-def _right(
-    found: Found, label: str, names: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Whether test texts of `names` and seeds are right: masked, randomly (mean), not at all, each draw."""
+def _right(found: Found, label: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whether the test texts of `names` are right, of S seeds: masked, randomly masked, and not at all.
+
+    Arrays `[S, N]`, `[S, R, N]` of R random masks, which every seed draws anew, and `[S, N]`.
+    """
     share = label.rpartition("/")[2]
-    seeds = sorted({seed for _, seed in found["masked"]})
-    results = [found["masked"][name, seed] for name in names for seed in seeds]
-    labels = [each.split("/") for each in results[0]["correct"]]
+    labels = [each.split("/") for each in next(iter(found["masked"].values()))["correct"]]
     controls = ["/".join(each) for each in labels if each[0] == "random" and each[-1] == share]
 
-    def right(what: str) -> np.ndarray:
+    def right(what: str, seed: int) -> np.ndarray:
+        results = [found["masked"][name, seed] for name in names]
         rows = [np.isin(np.arange(each["rows"]), each["correct"][what]) for each in results]
         return np.concatenate(rows).astype(float)
 
-    draws = np.stack([right(control) for control in controls])
-    return right(label), draws.mean(0), right("whole"), draws
+    seeds = sorted({seed for _, seed in found["masked"]})
+    chosen, whole = (np.stack([right(what, seed) for seed in seeds]) for what in (label, "whole"))
+    return chosen, np.stack([[right(each, seed) for each in controls] for seed in seeds]), whole
 
 
-def mask_table(masked: Sequence[Effect]) -> Table:
-    """The effects, a row each."""
+def mask_table(masked: Sequence[Effect], seeds: int) -> Table:
+    """The effects, a row each, of so many seeds."""
     rows: list[tuple[Cell, ...]] = []
     for effect in masked:
         intervals = [str(each) if each else "" for each in (effect.gap, effect.others, effect.contrast)]
@@ -224,10 +228,12 @@ def mask_table(masked: Sequence[Effect]) -> Table:
     caption = (
         "Test accuracy % of the emotions that have an attribute, with the share of every layer's neurons "
         "that are most about it held at 0, and with as many random ones (mean of the draws; 'as bad': draws "
-        "that leave no more). Ranked by the neurons' states under the emotions' prompts, or by their means "
-        "over the emotions' texts; 'predictivity' are all emotions' skill neurons. Gap: random less its "
-        "neurons, in points; the same for emotions without the attribute; their difference. 95% intervals "
-        "over test texts (2,000 resamples), not over which random neurons were drawn or over seeds."
+        "that leave no more than its seed's own neurons). Ranked by the neurons' states under the emotions' "
+        "prompts, or by their means over the emotions' texts; 'predictivity' are all emotions' skill "
+        "neurons. Gap: random less its neurons, in points; the same for emotions without the attribute; "
+        "their difference. 95% intervals over test texts and over which random neurons were drawn"
+        + (", not over seeds" if seeds == 1 else f" and over the {seeds} seeds")
+        + " (all resampled together 2,000 times; the emotions stay the same)."
     )
     return Table(columns, tuple(rows), caption)
 
@@ -241,7 +247,7 @@ def mask_figure(masked: Sequence[Effect], path: Path) -> None:
         "the others": [effect.others for effect in shown if effect.others],
     }
     title = "What masking an attribute's neurons costs beyond random masks"
-    interval_bars(path, title, rows, bars, "points of test accuracy, with 95% intervals over texts")
+    interval_bars(path, title, rows, bars, "points of test accuracy, with 95% intervals")
 
 
 def verdicts(

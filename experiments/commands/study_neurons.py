@@ -61,7 +61,7 @@ class EmotionNeurons:
     """
 
     size: Literal["full", "quick", "smoke"] = "full"
-    """full: two seeds; quick: one, the committed tables; smoke: a minute, shows that it works."""
+    """full: two seeds, half an hour on two cores; quick: one seed; smoke: a minute, shows that it works."""
     data: Path = Path("../shared/data")
     """The folder of the data sets, goemotions among them."""
     out: Path = Path("runs/emotion-neurons")

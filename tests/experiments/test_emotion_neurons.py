@@ -129,6 +129,32 @@ def test_effects_are_differences_of_accuracies(study, found):
     assert by_name["predictivity", "all"].others is None and len(by_name) == 9
 
 
+def test_a_gap_is_as_uncertain_as_the_masks_and_seeds_that_it_stands_on(study, found):
+    """Of two seeds random masks leave all texts or none; over texts alone there would be no doubt."""
+    rows = list(range(8))
+
+    def right(seed):
+        random = {f"random/{draw}/0.2": rows if (draw + seed) % 2 else [] for draw in (0, 1)}
+        chosen = dict.fromkeys(study.masks(0), rows[:4]) | random
+        return {"correct": chosen, "rows": 8}
+
+    made = {**found, "masked": {(name, seed): right(seed) for name in NAMES for seed in (0, 1)}}
+    told = effects(study, made, 0.2)[1]
+    assert told.attribute == "anger" and told.gap.mean == 0 and told.contrast.mean == 0
+    assert told.gap.low <= -45 and told.gap.high >= 45 and (told.as_bad, told.draws) == (2, 4)
+    apart = told.contrast.high - told.contrast.low
+    assert apart < 0.7 * (told.gap.high - told.gap.low)  # the same masks hit the other emotions alike
+    alone = {**made, "masked": {(name, 0): right(0) for name in NAMES}}
+    assert effects(study, alone, 0.2)[1].draws == 2
+
+
+def test_more_masks_tune_no_new_prompt(study, found):
+    folders = set(study.folder.iterdir())
+    more = replace(study, size=replace(study.size, draws=5, shares=(0.1, 0.4), seeds=(0, 1)))
+    assert more.arrays("anger", 0).keys() == found["arrays"]["anger", 0].keys()
+    assert len(more.masks(0)) == 1 + 2 * (8 + 1 + 5) and set(study.folder.iterdir()) == folders
+
+
 def test_the_study_runs_once_and_writes_its_page(study, found, tmp_path):
     written = {path: path.stat().st_mtime_ns for path in study.folder.rglob("result.json")}
     assert study.run()["masked"] == found["masked"]
