@@ -73,10 +73,11 @@ def write_measured(folder: Path | None, measured: Measured) -> str:
 
 
 def data_table(parts: Mapping[str, ActivationStatistics]) -> Table:
-    """A row a data set."""
+    """A row a data set, by the name of its file where no other has it too."""
+    short = [Path(name).name for name in parts]
     rows = [
         {
-            "data": Path(name).name,
+            "data": Path(name).name if short.count(Path(name).name) == 1 else name,
             "tokens": found.layers[0].tokens,
             "active": found.active_ratio,
             "nonzero": found.nonzero_ratio,

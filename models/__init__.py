@@ -1,7 +1,8 @@
 """What is computed: Transformers as pure functions over parameter trees.
 
 * `model` the protocol; `transformer` the three assemblies; `config` and `presets` what to assemble
-* `block`, `attention`, `mlp`, `norms`, `residuals`, `heads` the parts; `sparse_activations` for `mlp`;
+* `block`, `attention`, `mlp`, `norms`, `residuals`, `heads` the parts; `sparse_activations` for `mlp`,
+  `activations` as one writes them;
   `experts` a routed feed-forward layer (`routing`, `dispatch`, `grouped`); `moefied` and `selection`
   feed-forward layers of which a token uses some experts; `embedding` and `place` what the layers are given;
   `cache` keys and values of the tokens so far

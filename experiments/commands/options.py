@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ... import InputError
 from ...research.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
 UNLIMITED_LENGTH = 128
 """Tokens of the longest text, unless told, where a model's positions have no limit."""
 BEST_METRICS = {"loss": "loss", "accuracy": "+accuracy"}
+
+
+def refuse_unused(options: Any, names: Iterable[str], why: str) -> None:
+    """Raise `InputError` where one of these fields is given, which nothing would come of; `why` says so."""
+    defaults = {each.name: each.default for each in fields(options)}
+    given = [name for name in names if getattr(options, name) != defaults[name]]
+    if given:
+        written = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise InputError(f"{written} given, but {why}")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ... import InputError
+from .options import refuse_unused
 
 if TYPE_CHECKING:
+    from ...models.mlp import Activation
     from ...research.data.completions import Completions
     from ...research.sparsity.relufication import Relufication, Relufied
     from .language_models import LanguageModel
@@ -28,8 +30,9 @@ class RelufyOptions:
 
     relufy: int = 0
     """Steps of training with another activation function, on rows that are not measured; 0: none."""
-    relufy_to: Literal["relu", "relu2", "drelu"] = "relu"
-    """The activation function; drelu is of gated layers: ReLU on both products (measure --site mid)."""
+    relufy_to: str = "relu"
+    """The activation function: relu, relu2, fatrelu:0.1, topk:32, statistical-topk:32; or drelu, of gated
+    layers: ReLU on both products (measure --site mid)."""
     teacher: Literal["itself", "text"] = "itself"
     """What it learns: the distribution over the next token that the model had, or the text's next token."""
     price: float = 0.0
@@ -37,6 +40,20 @@ class RelufyOptions:
     learning_rate: float = 1e-4
     batch: int = 8
     """Rows of a training batch."""
+
+    def activation(self) -> Activation:
+        """The function to change to; raises `InputError` for one that leaves no neuron silent."""
+        from ...models.activations import SILENCING, parse_activation
+
+        return parse_activation(self.relufy_to, SILENCING)
+
+    def require_use(self) -> None:
+        """Raise `InputError` for options that are given and that nothing would come of without steps."""
+        if self.relufy < 0:
+            raise InputError(f"--relufy {self.relufy} must be at least 0 steps")
+        if not self.relufy:
+            names = [each.name for each in fields(self) if each.name != "relufy"]
+            refuse_unused(self, names, "nothing is trained without --relufy STEPS")
 
     def train(
         self, speaker: LanguageModel, texts: Iterable[Cut], seed: int
@@ -61,16 +78,16 @@ class RelufyOptions:
 
     def wanted(self, seed: int) -> Relufication:
         """What the library is asked for."""
+        from ...models.activations import neurons_of
         from ...research.sparsity.relufication import Relufication
         from ...research.training.activation_penalty import ActivationPenalty
         from ...research.training.config import OptimizerConfig, TrainingConfig
 
-        site = "mlp/mid" if self.relufy_to == "drelu" else "mlp/act"
-        half = max(1, self.relufy // 2)
-        penalty = ActivationPenalty(((0, 0.0), (half, self.price)), site) if self.price else None
+        activation = self.activation()
+        penalty = ActivationPenalty.rising(self.price, self.relufy, neurons_of(activation))
         optimizer = OptimizerConfig("adamw", self.learning_rate)
         training = TrainingConfig(self.relufy, self.batch, optimizer=optimizer, seed=seed)
-        return Relufication(self.relufy_to, self.teacher, training, penalty)
+        return Relufication(activation, self.teacher, training, penalty)
 
 
 def _rows(ids: list[list[int]], length: int, pad: int) -> Completions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from ... import InputError
-from .options import UNLIMITED_LENGTH
+from .options import UNLIMITED_LENGTH, refuse_unused
 from .relufy import Cut, RelufyOptions
 
 if TYPE_CHECKING:
@@ -74,9 +75,12 @@ class Sparsity:
 
         if not self.data:
             raise InputError("--data names no data; give at least one")
+        require_different(self.data)
+        self.relufying.require_use()
         wanted = self._wanted()
         if self.relufying.relufy:
             self._out()
+            self.relufying.wanted(self.seed)
         cache_compilations()
         speaker = self._open()
         texts = {name: self._cut(speaker, name) for name in self.data}
@@ -99,14 +103,19 @@ class Sparsity:
 
     def _wanted(self) -> Moefication | None:
         if not self.moefy:
+            names = ("neurons", "partition", "router", "rank", "tokens")
+            refuse_unused(self, names, "nothing is cut into experts without --moefy SHARE")
             return None
+        if self.router != "low-rank":
+            refuse_unused(self, ["rank"], f"--router {self.router} has no rank; low-rank has")
         from ...research.sparsity.moefication import Moefication
         from ...research.sparsity.routing import Fitting
 
         self._out()
-        if self.relufying.relufy and self.relufying.relufy_to == "drelu":
+        if self.relufying.relufy and self.relufying.relufy_to not in ("relu", "relu2"):
             raise InputError(
-                "--moefy cannot cut layers of --relufy-to drelu into experts; relu and relu2 it can"
+                f"--moefy cannot cut layers of --relufy-to {self.relufying.relufy_to} into experts; relu and "
+                f"relu2 it can"
             )
         fitting = Fitting(seed=self.seed)
         return Moefication(
@@ -224,6 +233,16 @@ class Sparsity:
         save_model(
             self._out() / "model", made.model, made.params, tokenizer=speaker.kept, labels=labels, notes=notes
         )
+
+
+def require_different(data: Sequence[str]) -> None:
+    """Raise `InputError` where one source is given twice: its rows would count double."""
+    seen: dict[str, str] = {}
+    for name in data:
+        place = str(Path(name).resolve()) if Path(name).exists() else name
+        if place in seen:
+            raise InputError(f"--data names {seen[place]} twice ({name}); give each source once")
+        seen[place] = name
 
 
 def share_of(text: str) -> float:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ...research.data.sources import Source
     from ...research.data.tokenizers import Tokenizer
     from ...research.study.runs import Run
+    from ...research.training.activation_penalty import ActivationPenalty
     from ...research.training.config import TrainingConfig
 
 
@@ -46,6 +47,13 @@ class TrainRun:
 
 
 @dataclass(frozen=True)
+class PricedRun(TrainRun):
+    """One whose activations have a price; a class of its own, so that other runs keep their identities."""
+
+    penalty: ActivationPenalty
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a language model on text.
 
@@ -59,6 +67,11 @@ class Train:
     """Folder of the run."""
     preset: str = "quick"
     """The model's shape, by name; its vocabulary is the tokenizer's."""
+    activation: str = ""
+    """Of the feed-forward layers, instead of the preset's: relu, relu2, gelu, silu, fatrelu:0.1, topk:32,
+    statistical-topk:32; or drelu, of gated layers (such as modern-tiny's): ReLU on both products."""
+    price: float = 0.0
+    """Of the mean size of an activation, added to the loss: rises over the first half of the steps."""
     text_column: str = "text"
     tokenizer: Path | None = None
     """A tokenizer.json; without one, byte-pair encoding is trained on the data."""
@@ -96,7 +109,7 @@ class Train:
         splits = self._splits()
         tokenizer = self._tokenizer(splits["train"])
         config = replace(shape, vocab=tokenizer.vocab)
-        question = TrainRun(config, training, tokenizer.fingerprint, self.length, self.holdout)
+        question = self._question(config, training, tokenizer)
         fingerprint = "-".join(source.fingerprint for source in splits.values())
         with main_first("opened"):
             run = Run.open(
@@ -136,7 +149,10 @@ class Train:
         from .progress import say, training_bar
         from .stops import exit_code
 
-        job = language_model_job(model, train_rows, question.training, layout=layout, evaluation=dev_rows)
+        penalty = question.penalty if isinstance(question, PricedRun) else None
+        job = language_model_job(
+            model, train_rows, question.training, layout=layout, evaluation=dev_rows, penalty=penalty
+        )
         size = f"{len(train_rows):,} rows of {self.length} tokens"
         say(f"{run.folder}: {parameter_count(model):,} parameters, {size}")
         with training_bar("training", question.training.steps) as report:
@@ -158,6 +174,7 @@ class Train:
 
     def _shape(self) -> TransformerConfig:
         """The preset with what was chosen for it."""
+        from ...models.activations import change_activation, parse_activation
         from ...models.precision import policy
         from ...models.presets import preset
 
@@ -165,8 +182,22 @@ class Train:
         if shape.kind != "decoder":
             raise InputError(f"preset {self.preset!r} is an {shape.kind}; a language model is a decoder")
         shape.positions.require(self.length)
+        if self.activation:
+            shape = change_activation(shape, parse_activation(self.activation))
         precision = policy(self.training.precision)
         return replace(shape, precision=precision, scan=self.scan or shape.scan, remat=self.remat)
+
+    def _question(
+        self, config: TransformerConfig, training: TrainingConfig, tokenizer: Tokenizer
+    ) -> TrainRun:
+        """What the run's identity is of; with the schedule of the activations' price, where they have one."""
+        from ...models.activations import neurons_of
+        from ...research.training.activation_penalty import ActivationPenalty
+
+        asked = config, training, tokenizer.fingerprint, self.length, self.holdout
+        activation = getattr(config.mlp, "activation", "")
+        penalty = ActivationPenalty.rising(self.price, training.steps, neurons_of(activation))
+        return TrainRun(*asked) if penalty is None else PricedRun(*asked, penalty)
 
     def _splits(self) -> dict[str, Source]:
         from ...research.data.sources import load_splits

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
-from ...models.config import FeedForward, TransformerConfig
+from ...models.activations import change_activation
 from ...models.heads import LanguageModelHead
-from ...models.mlp import MLP, Activation, GatedMLP
+from ...models.mlp import Activation
 from ...models.model import Model, Params
 from ...models.precision import promote_statistics
 from ...models.transformer import Transformer
@@ -125,19 +125,9 @@ def relufication_job(
 def with_activation(model: Transformer, activation: Activation) -> Transformer:
     """The same model with another activation function in all its dense feed-forward layers.
 
-    Parameters are the same. Raises `InputError` for layers of another kind.
+    Parameters are the same. Raises `InputError` for layers of another kind, and for drelu in plain ones.
     """
-
-    def changed(choice: FeedForward) -> FeedForward:
-        if not isinstance(choice, MLP | GatedMLP):
-            raise InputError(f"mlp is a {type(choice).__name__}; an MLP or a GatedMLP can be changed")
-        return replace(choice, activation=activation)
-
-    config: TransformerConfig = model.config
-    pattern = tuple(
-        layer if layer.mlp is None else replace(layer, mlp=changed(layer.mlp)) for layer in config.pattern
-    )
-    return replace(model, config=replace(config, mlp=changed(config.mlp), pattern=pattern))
+    return replace(model, config=change_activation(model.config, activation))
 
 
 def self_distillation(teacher: Model) -> Callable[[Forward], Loss]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,11 @@ class ActivationPenalty:
             raise InputError(f"penalty: stages at steps {steps} must be one or more, from 0 up, each later")
         if any(not (math.isfinite(price) and price >= 0) for _, price in self.stages):
             raise InputError(f"penalty: prices {[p for _, p in self.stages]} must be finite and at least 0")
+
+    @classmethod
+    def rising(cls, price: float, steps: int, sites: str) -> Self | None:
+        """A price that is reached in the middle of so many steps and stays; None for a price of 0."""
+        return cls(((0, 0.0), (max(1, steps // 2), price)), sites) if price else None
 
     def price(self, step: int) -> float:
         """The price at `step`, counted from 0."""

@@ -15,7 +15,8 @@ from modicum.research.sparsity import load_statistics
 from modicum.research.training.model_folder import load_model, save_model
 
 TEXTS = ["the film was good and warm", "a dull story of the cold", "it was a lovely film"]
-SMALL = ("--length", 8, "--rows", 12, "--neurons", 8, "--tokens", 60)
+SMALL = ("--length", 8, "--rows", 12)
+EXPERTS = ("--neurons", 8, "--tokens", 60)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_neurons_are_measured_and_nothing_is_written_unasked(modicum, model):
 def test_a_converted_model_is_measured_and_generates(modicum, model, tmp_path):
     out = tmp_path / "out"
     said = modicum(
-        *("sparsity", model / "model", "--data", model / "texts.jsonl", *SMALL),
+        *("sparsity", model / "model", "--data", model / "texts.jsonl", *SMALL, *EXPERTS),
         *("--moefy", "50%", "--router", "centres", "--out", out),
     )
     assert said.code == 0, said.error
@@ -81,7 +82,7 @@ def test_a_converted_model_is_measured_and_generates(modicum, model, tmp_path):
 def test_all_experts_generate_what_the_dense_model_does(modicum, model, tmp_path):
     said = modicum(
         *("sparsity", model / "model", "--data", model / "texts.jsonl", *SMALL, "--partition", "random"),
-        *("--moefy", "100%", "--router", "similarity", "--out", tmp_path / "out"),
+        *(*EXPERTS, "--moefy", "100%", "--router", "similarity", "--out", tmp_path / "out"),
     )
     assert said.code == 0, said.error
     new = ("--prompt", TEXTS[1], "--max-new-tokens", 4)
@@ -102,12 +103,42 @@ def test_all_experts_generate_what_the_dense_model_does(modicum, model, tmp_path
             ("--relufy", 2, "--relufy-to", "drelu", "--moefy", "20%", "--out", "x"),
             "--moefy cannot cut layers of --relufy-to drelu",
         ),
+        (
+            ("--price", 0.1, "--teacher", "text", "--learning-rate", 0.1),
+            "--teacher and --price and --learning-rate given, but nothing is trained without --relufy STEPS",
+        ),
+        (("--relufy", -1, "--out", "x"), "--relufy -1 must be at least 0 steps"),
+        (
+            ("--relufy", 2, "--relufy-to", "gelu", "--out", "x"),
+            "activation 'gelu' is unknown; valid: relu, relu2, drelu, fatrelu:0.1, topk:32, statistical-topk",
+        ),
+        (("--relufy", 2, "--price", -1, "--out", "x"), "prices [0.0, -1.0] must be finite and at least 0"),
+        (("--neurons", 8, "--rank", 4), "--neurons and --rank given, but nothing is cut into experts"),
+        (
+            ("--moefy", "50%", "--rank", 4, "--out", "x"),
+            "--rank given, but --router mlp has no rank; low-rank has",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_line(modicum, model, arguments, message):
     given = ("sparsity", model / "model", "--data", model / "texts.jsonl", "--length", 8, *arguments)
     said = modicum(*given)
     assert said.code == 2 and message in said.error and said.error.count("\n") == 1
+
+
+def test_a_source_given_twice_is_refused_however_it_is_written(modicum, model):
+    texts = model / "texts.jsonl"
+    other = model / "model" / ".." / "texts.jsonl"
+    said = modicum("sparsity", model / "model", "--data", texts, other, *SMALL)
+    assert said.code == 2 and f"--data names {texts} twice ({other}); give each source once" in said.error
+
+
+def test_sources_of_one_file_name_are_told_apart(modicum, model, tmp_path):
+    (tmp_path / "texts.jsonl").write_text((model / "texts.jsonl").read_text())
+    files = [str(folder / "texts.jsonl") for folder in (model, tmp_path)]
+    said = modicum("sparsity", model / "model", "--data", *files, *SMALL)
+    assert said.code == 0, said.error
+    assert all(f"| {file} " in said.out for file in files)
 
 
 def test_shares_are_percentages_or_fractions():

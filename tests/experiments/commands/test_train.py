@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
+from modicum.models import StatisticalTopK
 from modicum.research.study.records import read_records
 from modicum.research.training.checkpoints import checkpoint_steps
+from modicum.research.training.model_folder import load_model
 
 
 def test_a_run_leaves_a_model_and_what_was_measured(trained):
@@ -89,3 +91,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     again = modicum("train", data, "--out", out, *train_options, *wild)
     assert (again.code, again.error) == (code, error)
     assert contents_of(out / "checkpoints") == kept
+
+
+def test_an_activation_is_chosen_and_has_a_price(modicum, refused, data, trained, tmp_path, train_options):
+    out = tmp_path / "run"
+    chosen = ("--activation", "statistical-topk:4", "--price", 0.5)
+    said = modicum("train", data, "--out", out, *train_options, *chosen)
+    assert said.code == 0, said.error
+    mlp = load_model(out / "model").model.config.mlp
+    assert mlp.activation == StatisticalTopK(4)
+    steps = [record for record in read_records(out / "metrics.jsonl") if "loss" in record]
+    assert all(record["activation_size"] > 0 for record in steps)
+    asked = json.loads((out / "config.json").read_text())["config"]
+    assert asked["penalty"]["stages"] == [[0, 0.0], [2, 0.5]]
+    assert "penalty" not in json.loads((trained / "config.json").read_text())["config"]
+    said = refused("train", data, "--out", tmp_path / "no", *train_options, "--activation", "drelu")
+    assert "ReLU on both products of a gated layer; this one is plain" in said
+    said = refused("train", data, "--out", tmp_path / "no", *train_options, "--activation", "topk:9000")
+    assert "top-k: k=9000 of " in said and not (tmp_path / "no").exists()
