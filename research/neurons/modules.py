@@ -113,10 +113,14 @@ def stability(checkpoints: Sequence[np.ndarray], experts: np.ndarray | None = No
 
 
 def _neurons_of(order: np.ndarray, experts: np.ndarray, count: int) -> np.ndarray:
-    """Which neurons are in the first `count` experts of each layer's `order [L, E]`."""
-    if not 0 < count <= order.shape[1]:
-        raise InputError(f"{count} experts of {order.shape[1]}; at least one and at most all can be chosen")
-    return (experts[..., None] == order[:, None, :count]).any(-1)
+    """Which neurons are in the first `count` experts with neurons of each layer's `order [L, E]`."""
+    sizes = expert_counts(np.ones(experts.shape, bool), experts)[1]
+    empty = np.take_along_axis(sizes == 0, order, 1)
+    least = int((~empty).sum(1).min())  # a ragged partition's layers may have fewer
+    if not 0 < count <= least:
+        raise InputError(f"{count} experts of {least}; at least one and at most all can be chosen")
+    first = np.take_along_axis(order, np.argsort(empty, axis=1, kind="stable"), 1)[:, :count]
+    return (experts[..., None] == first[:, None]).any(-1)
 
 
 def _together(chosen: np.ndarray, experts: np.ndarray) -> float:

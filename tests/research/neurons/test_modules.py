@@ -76,6 +76,22 @@ def test_experts_of_a_function_are_perturbed_beside_as_many_others():
         densest(chosen, EXPERTS, 17)
 
 
+def test_experts_without_neurons_are_not_chosen():
+    """Two layers of four and of two experts, the second's numbered 1 and 3."""
+    ragged = np.stack([np.arange(8) // 2, np.arange(8) // 4 * 2 + 1])
+    chosen = np.zeros(ragged.shape, bool)
+    chosen[:, 6:] = True
+    assert densest(chosen, ragged, 2).sum(1).tolist() == [4, 8]
+    for seed in range(20):
+        assert random_experts(ragged, 1, seed).sum(1).tolist() == [2, 4]
+    for choose in (
+        lambda count: densest(chosen, ragged, count),
+        lambda count: random_experts(ragged, count, 0),
+    ):
+        with pytest.raises(InputError, match="3 experts of 2; at least one and at most all"):
+            choose(3)
+
+
 def test_a_function_has_experts_where_several_of_its_parts_do():
     functional = np.zeros((3, 2, 16), bool)
     functional[:, 0, 4] = functional[0, 1, 7] = True

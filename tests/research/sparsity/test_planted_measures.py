@@ -1,6 +1,7 @@
 """Every measure finds what was planted in activations, and does not find it in a shuffled control."""
 
 import dataclasses
+import tracemalloc
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from modicum.models.placement import placed
 from modicum.parallel import Layout, MeshShape, make_mesh
 from modicum.research.sparsity import (
     Counter,
+    coactivation,
     coactivation_rows,
     correlation,
     find_thresholds,
@@ -22,6 +24,7 @@ from modicum.research.sparsity import (
     measure_mass,
     save_statistics,
 )
+from modicum.research.sparsity.statistics import LayerStatistics
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -75,6 +78,29 @@ def test_neurons_that_fire_together_are_found_and_not_in_the_control():
     assert rows["strongest pair"] == "0 and 1" and rows["its φ"] == pytest.approx(1.0)
     assert rows["pairs above 0.5"] == pytest.approx(6 / 66) and chance["pairs above 0.5"] == 0.0
     assert rows["mean |φ|"] > 3 * rows["by chance"] and chance["mean |φ|"] < 1.5 * chance["by chance"]
+
+
+def test_pairs_are_summed_a_few_rows_at_a_time_as_all_at_once(monkeypatch):
+    layer = counted(planted(), together=True, sizes=True)
+    [whole] = coactivation_rows([layer])
+    monkeypatch.setattr(coactivation, "BLOCK", 5 * F)  # blocks of 5, 5 and 2 rows
+    [parts] = coactivation_rows([layer])
+    assert whole.pop("mean |φ|") == pytest.approx(parts.pop("mean |φ|"), rel=1e-12) and whole == parts
+    pairs = correlation(layer)[np.triu_indices(F, 1)]
+    assert parts["its φ"] == pairs.max() and parts["pairs above 0.5"] == (pairs > 0.5).mean()
+
+
+def test_a_wide_layers_pairs_take_bounded_memory():
+    width, tokens = 2048, 1000
+    active = np.random.default_rng(0).integers(1, tokens, width)
+    together = np.minimum.outer(active, active)  # neurons fire in one order
+    zeros = np.zeros(width + 1, np.int64)
+    layer = LayerStatistics("wide", tokens, active, 0, zeros[1:], zeros, together)
+    tracemalloc.start()
+    [row] = coactivation_rows([layer])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 2**20 and row["its φ"] == pytest.approx(1.0)
 
 
 def test_silent_and_busy_neurons_and_idle_inputs():
