@@ -1,66 +1,126 @@
-"""The tables and figures of the study of MoEfication, and what they say of its claims."""
+"""The tables, figures and page of the study of MoEfication."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from ..models.selection import OracleSelection
 from ..research.study.figures import Axis, Line, line_plot
 from ..research.study.runs import write_atomically
 from ..research.study.tables import Cell, Measured, Table
-from .bench.ffn import DENSE, Key, Seen, take_turns
-from .bench.ffn_job import FeedForwardJob, FeedForwardStack
-from .moefication import ROUTERS, THRESHOLD, Size, used
+from .moefication import Size, used
+from .moefication_costs import CONSTRUCTION, ROUNDS, TOKENS
+from .moefication_verdicts import Results, grouped, kept, verdicts
+from .moefication_work import HEADLINE, THRESHOLD
 
-Results = Sequence[Mapping[str, Any]]
-KEPT, HEADLINE = 0.97, 0.2  # what is claimed of which share
+Value = Callable[[Mapping[str, Any]], float]
 
 
-def write_moefication(folder: Path, results: Results, costs: Table | None, page: Path | None) -> str:
-    """Write tables and figures under `folder`, the tables also into `page`; return the text."""
-    parts = []
+def write_moefication(folder: Path, results: Results, times: Results, size: Size, page: Path | None) -> str:
+    """Write tables and figures under `folder`, into `page` too with figures beside it; return the tables."""
+    parts: dict[str, str] = {}
+    drawn: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(result["subject"] for result in results):
-        mine = used(results, subject=name)
-        tables = {"quality": quality_table(mine), "mass": mass_table(mine)}
+        mine, own = used(results, subject=name), used(times, subject=name)
+        tables = {
+            "quality": quality_table(mine),
+            "loss": loss_table(mine),
+            "mass": mass_table(mine),
+            "costs": cost_table(mine, own),
+        }
         for label, table in tables.items():
-            table.write(folder / "tables", f"{name.replace(' ', '-')}-{label}")
-        for label, svg in figures(name, mine).items():
-            write_atomically(folder / "figures" / f"{name.replace(' ', '-')}-{label}.svg", svg)
+            table.write(folder / "tables", f"{_file(name)}-{label}")
+        drawn[name] = figures(name, mine, own)
         shown = "\n\n".join(f"{table.caption}\n\n{table.markdown()}" for table in tables.values())
-        parts.append(f"## {name}\n\n{shown}\n{verdicts(mine)}")
-    if costs is not None:
-        costs.write(folder / "tables", "costs")
-        parts.append(f"## Cost\n\n{costs.caption}\n\n{costs.markdown()}")
-    text = "\n".join(parts)
+        parts[name] = f"## {name}\n\n{described(mine)}\n\n{shown}\n{verdicts(mine)}"
+    for name, pictures in drawn.items():
+        for label, svg in pictures.items():
+            write_atomically(folder / "figures" / f"{_file(name)}-{label}.svg", svg)
     if page is not None:
-        write_atomically(page, text)
-    return text
+        write_page(page, parts, drawn, results, size)
+    return "\n".join(parts.values())
+
+
+def write_page(
+    page: Path,
+    parts: Mapping[str, str],
+    drawn: Mapping[str, Mapping[str, str]],
+    results: Results,
+    size: Size,
+) -> None:
+    """What was asked, then each model's tables and figures, which lie in a folder of the page's name."""
+    beside, shown = page.with_suffix(""), [introduction(results, size)]
+    for name, text in parts.items():
+        links = []
+        for label, svg in drawn[name].items():
+            file = f"{_file(name)}-{label}.svg"
+            write_atomically(beside / file, svg)
+            links.append(f"![{name}, {label}]({beside.name}/{file})\n")
+        shown.append("\n".join([text, *links]))
+    write_atomically(page, "\n".join(shown))
+
+
+def introduction(results: Results, size: Size) -> str:
+    """What was asked, by which command, and how much of it there is."""
+    recipe = size.recipe
+    seeds = sorted({one["seed"] for one in results})
+    cells = {(one["subject"], one["construction"], one["router"], one["seed"]) for one in results}
+    count = ", ".join(f"{sum(cell[3] == seed for cell in cells)} of seed {seed}" for seed in seeds)
+    return (
+        "# MoEfication: what is left with a tenth to a half of the neurons\n\n"
+        f"`experiments/moefication.py`: dense ReLU models cut into experts of {size.neurons} neurons in four "
+        f"ways, of which five routers choose some for each token. Experts and routers are made from "
+        f"{size.tokens:,} training tokens ({size.epochs} epochs); captured mass is measured on an eighth as "
+        f"many that were held out, quality on test rows that nothing was chosen on. Decoders are trained for "
+        f"{recipe.steps} steps of {recipe.batch}×128 tokens of WikiText-2's valid split and Tiny Shakespeare "
+        f"and measured on what these hold out (next-token accuracy), the sparse one with a price of "
+        f"{recipe.price:g} on the mean activation; MiniLM-L6 is given ReLU and tuned for "
+        f"{recipe.tuning_steps} steps of {recipe.tuning_batch} rows of sst2. "
+        f"This page has {len(cells)} cells: {count}; what draws nothing (contiguous experts under routers "
+        "without training, thresholds) has one seed.\n\n"
+        "    modicum study moefication --times --markdown docs/results/moefication.md\n\n"
+        "runs what is left of three seeds, times layers (wants a quiet machine) and writes this page; with "
+        "`--finished` it writes it from what is there.\n"
+    )
+
+
+def described(results: Results) -> str:
+    """The dense model: sizes, quality, how active its neurons are."""
+    one = results[0]
+    made = "; ".join(f"{what} {100 * value:.1f}%" for what, value in one["made"].items() if " " in what)
+    return (
+        f"{one['dense layers']} layers, D={one['dense width']}, F={one['dense neurons']}, "
+        f"{one['dense parameters']:,} parameters. On {one['dense rows']} test rows the dense model's "
+        f"accuracy is {100 * one['dense accuracy']:.1f}%, its loss {one['dense loss']:.3f} nats"
+        f"{f' (after training, {made})' if made else ''}. "
+        f"{100 * one['dense active']:.1f}% of its neurons are active on the mean token, and the "
+        f"{HEADLINE:.0%} that are largest hold {100 * one['dense largest']:.1f}% of a token's mass."
+    )
 
 
 def quality_table(results: Results) -> Table:
     """A row a construction and router: accuracy in % of the dense model's at each share."""
-    first = results[0]
-    made = "; ".join(f"{what} {100 * value:.1f}%" for what, value in first["made"].items() if " " in what)
-    caption = (
-        f"Accuracy in % of the dense ReLU model's, which is {100 * first['dense accuracy']:.1f}% "
-        f"(loss {first['dense loss']:.3f}){f'; in training, {made}' if made else ''}. Mean ± s.d. of "
-        f"{_seeds(results)} seeds, by the share of neurons that a token uses."
-    )
-    return _by_share(results, caption, lambda one: 100 * one["accuracy"] / one["dense accuracy"])
+    caption = "Accuracy in % of the dense ReLU model's, mean ± s.d. over seeds, by the share of neurons."
+    return _by_share(results, caption, kept)
+
+
+def loss_table(results: Results) -> Table:
+    """A row a construction and router: what the loss gains, in nats."""
+    caption = "Loss above the dense model's, in nats."
+    return _by_share(results, caption, lambda one: round(one["loss"] - one["dense loss"], 4))
 
 
 def mass_table(results: Results) -> Table:
     """A row a construction and router: the share of the activation mass that is captured at each share."""
     caption = (
-        "Captured activation mass in %, mean over layers, and in brackets recall: how many of the truly most "
-        "massive experts were chosen."
+        "Captured activation mass in %, mean over layers and seeds, and in brackets recall: how many of the "
+        "truly most massive experts were chosen."
     )
     shares = _shares(results)
     rows = []
-    for (construction, router), runs in _groups(results).items():
+    for (construction, router), runs in grouped(results):
         cells = [
             f"{100 * fmean(r['mass'] for r in at):.1f} ({100 * fmean(r['recall'] for r in at):.0f})"
             for share in shares
@@ -68,130 +128,115 @@ def mass_table(results: Results) -> Table:
         ]
         if cells:
             rows.append((construction, router, *cells))
-    return Table(("experts", "router", *(f"{share:.0%}" for share in shares)), tuple(rows), caption)
+    return Table(("experts", "router", *_heads(shares)), tuple(rows), caption)
 
 
-def figures(name: str, results: Results) -> dict[str, str]:
-    """Quality against the share: for each construction under the MLP router, for each router on clusters."""
-    shares = _shares(results)
-    axes = Axis("share of neurons used", log=False), Axis("accuracy, % of the dense model's")
+def cost_table(results: Results, times: Results) -> Table:
+    """A row a router: multiplications of the feed-forward layers beside the dense ones', and time."""
+    shares, rows = _shares(results), []
+    for router in dict.fromkeys(one["router"] for one in results):
+        cells: list[Cell] = []
+        for share in shares:
+            products = next(r["products"] for r in used(results, router=router, share=share))
+            took = [f"{t['faster'][0]:.1f}×" for t in used(times, router=router, share=share)]
+            cells.append(" / ".join([f"{100 * products:.1f}", *took]))
+        rows.append((router, *cells))
+    caption = (
+        "Multiplications of the feed-forward layers in % of the dense ones', router included; the oracle and "
+        "thresholds compute the first product whole."
+    )
+    if times:
+        dense = fmean(one["dense ms"] for one in times)
+        caption += (
+            f" After the stroke, how many times faster the layers ({CONSTRUCTION}) are for one token than "
+            f"the dense ones, which take {dense:.2f} ms: median of {ROUNDS} turns in which all are timed, "
+            f"{TOKENS} tokens one after another; float32 on this machine's CPU, load {times[0]['load']:g}."
+        )
+    return Table(("router", *_heads(shares)), tuple(rows), caption)
 
-    def lines(of: str, **fixed: str) -> list[Line]:
-        found = []
-        for label in dict.fromkeys(r[of] for r in used(results, **fixed)):
-            mine = used(results, **fixed, **{of: label})
-            runs = [
-                [
-                    next(_kept(r) for r in mine if r["seed"] == seed and r["share"] == share)
-                    for share in shares
-                ]
-                for seed in dict.fromkeys(r["seed"] for r in mine)
-            ]
-            found.append(Line(label, list(shares), runs))
-        return found
 
+def figures(name: str, results: Results, times: Results) -> dict[str, str]:
+    """Quality against cost, by construction and by router, and against time; mass by share and by layer."""
+    cost, quality = Axis("multiplications, share of the dense layers'"), Axis("accuracy, % of dense")
+    mlp, clusters = used(results, router="MLP"), [*used(results, construction=CONSTRUCTION)]
+    single = used(results, construction=THRESHOLD[0])
+    headline = used(mlp, share=HEADLINE)
+    mass = Axis("captured mass, share")
     wanted = {
-        "constructions": lines("construction", router="MLP"),
-        "routers": lines("router", construction="clusters"),
+        "constructions": ("experts by the MLP router", cost, quality, lines(mlp, "construction", kept)),
+        "routers": ("routers on clusters", cost, quality, lines([*clusters, *single], "router", kept)),
+        "mass": (
+            "captured mass, MLP router",
+            Axis("share of neurons used"),
+            mass,
+            lines(mlp, "construction", lambda one: one["mass"], lambda one: one["used"]),
+        ),
+        "layers": (
+            f"captured mass at {HEADLINE:.0%}, MLP router",
+            Axis("layer"),
+            mass,
+            by_layer(headline) if headline and results[0]["dense layers"] > 1 else [],
+        ),
+        "time": (
+            "routers on clusters, by time",
+            Axis("time of the feed-forward layers, share of the dense ones'"),
+            quality,
+            timed(clusters, times),
+        ),
     }
-    titles = {"constructions": "experts by the MLP router", "routers": "routers on clusters"}
     return {
-        label: line_plot(f"{name}: {titles[label]}", *axes, series)
-        for label, series in wanted.items()
+        label: line_plot(f"{name}: {title}", x, y, series)
+        for label, (title, x, y, series) in wanted.items()
         if series
     }
 
 
-def verdicts(results: Results) -> str:
-    """Sentences on the claims at 20% of the neurons, with their figures, as a Markdown list."""
-    at = [one for one in results if one["share"] == HEADLINE]
-    values = {key: [_kept(run) for run in runs] for key, runs in _groups(at).items()}
-    clusters, random = values.get(("clusters", "MLP")), values.get(("random", "MLP"))
-    lines = []
-    if clusters:
-        word = "holds" if fmean(clusters) >= 100 * KEPT else "does not hold"
-        lines.append(
-            f"At {HEADLINE:.0%} of the neurons, clusters with the MLP router keep at least {KEPT:.0%} of the "
-            f"accuracy: {word} ({fmean(clusters):.1f}%)."
-        )
-    if clusters and random:
-        gap, spread = fmean(clusters) - fmean(random), _spread(clusters, random)
-        word = "holds" if gap > max(2 * spread, 1.0) else "does not hold"
-        lines.append(
-            f"Random experts are clearly worse: {word} ({gap:+.1f} points from random to clusters, "
-            f"{f'the two spreads together {spread:.1f}' if spread else 'of one seed'})."
-        )
-    oracle = values.get(("random", "oracle"))
-    if oracle and random:
-        lines.append(
-            f"With an oracle random experts keep {fmean(oracle):.1f}%, with the MLP router "
-            f"{fmean(random):.1f}%: the router loses {fmean(oracle) - fmean(random):.1f} points."
-        )
-    single = values.get(THRESHOLD)
-    if single and clusters:
-        lines.append(
-            f"A training-free threshold on single neurons keeps {fmean(single):.1f}% at the same share; it "
-            f"has to compute the first product whole."
-        )
-    return "".join(f"* {line}\n" for line in lines)
+def lines(results: Results, of: str, value: Value, cost: Value = lambda one: one["products"]) -> list[Line]:
+    """A line for each value of the field `of`, a point for each share."""
+    found = []
+    for label in dict.fromkeys(one[of] for one in results):
+        mine, shares = used(results, **{of: label}), _shares(results)
+        by_seed = [
+            [value(next(iter(used(mine, seed=seed, share=share)))) for share in shares]
+            for seed in dict.fromkeys(one["seed"] for one in mine)
+        ]
+        places = [cost(next(iter(used(mine, share=share)))) for share in shares]
+        found.append(Line(label, places, by_seed))
+    return found
 
 
-def measure_costs(size: Size, shapes: Mapping[str, tuple[int, int, int]], rounds: int = 15) -> Table:
-    """Products and time of the feed-forward stack of each model `(width, neurons, layers)` for one token.
-
-    Times are paired: the dense stack and all others take turns; `auto` is the implementation.
-    """
-    rows: list[tuple[Cell, ...]] = []
-    for name, (width, neurons, layers) in shapes.items():
-        for label, selection in ROUTERS.items():
-            if label not in size.routers or isinstance(selection, OracleSelection):
-                continue
-            job = FeedForwardJob(name, width, neurons, layers, size.neurons, selection=selection)
-            stack, seen = FeedForwardStack(job), Seen()
-            keys: dict[float, Key] = {share: (name, 1, share, "auto") for share in size.shares}
-            runs = {(name, 1, 1.0, DENSE): stack.prepare(DENSE, 1, 1.0)}
-            runs |= {key: stack.prepare("auto", 1, share) for share, key in keys.items()}
-            take_turns(runs, rounds, seen.times)
-            router = selection.flops(width, job.experts) / (4 * width * neurons)
-            cells = [f"{share + router:.0%} / {seen.gain(key)[0]:.1f}×" for share, key in keys.items()]
-            rows.append((name, label, *cells))
-    caption = (
-        "Products of the converted feed-forward layers in % of the dense layers', router included, and how "
-        "many times faster they are for one token on this machine's CPU: median over paired turns."
-    )
-    return Table(("model", "router", *(f"{share:.0%}" for share in size.shares)), tuple(rows), caption)
+def by_layer(results: Results) -> list[Line]:
+    """Captured mass of each layer, a line for each construction."""
+    found = []
+    for construction in dict.fromkeys(one["construction"] for one in results):
+        runs = [one["mass by layer"] for one in used(results, construction=construction)]
+        found.append(Line(construction, range(len(runs[0])), runs))
+    return found
 
 
-def _kept(result: Mapping[str, Any]) -> float:
-    return 100 * result["accuracy"] / result["dense accuracy"]
+def timed(results: Results, times: Results) -> list[Line]:
+    """Quality over measured time, a line for each router that saves any."""
+    took = {(one["router"], one["share"]): 1 / one["faster"][0] for one in times}
+    found = [one for one in results if (one["router"], one["share"]) in took]
+    return lines(found, "router", kept, lambda one: took[one["router"], one["share"]]) if found else []
 
 
-def _by_share(results: Results, caption: str, value: Any) -> Table:
+def _by_share(results: Results, caption: str, value: Value) -> Table:
     shares = _shares(results)
     rows: list[tuple[Cell, ...]] = []
-    for (construction, router), runs in _groups(results).items():
+    for (construction, router), runs in grouped(results):
         found = [[value(run) for run in runs if run["share"] == share] for share in shares]
         rows.append((construction, router, *(Measured.of(each) if each else None for each in found)))
-    return Table(("experts", "router", *(f"{share:.0%}" for share in shares)), tuple(rows), caption)
+    return Table(("experts", "router", *_heads(shares)), tuple(rows), caption)
 
 
-def _groups(results: Results) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
-    """By construction and router, constructions together."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for construction in dict.fromkeys(result["construction"] for result in results):
-        for result in used(results, construction=construction):
-            groups.setdefault((construction, result["router"]), []).append(result)
-    return groups
+def _heads(shares: list[float]) -> list[str]:
+    return [f"{share:.0%}" for share in shares]
 
 
 def _shares(results: Results) -> list[float]:
     return sorted({result["share"] for result in results})
 
 
-def _seeds(results: Results) -> int:
-    return len({result["seed"] for result in results})
-
-
-def _spread(one: Sequence[float], other: Sequence[float]) -> float:
-    """Standard deviation of the difference of two single runs; 0 where there is one run each."""
-    return float(sum(stdev(values) ** 2 for values in (one, other) if len(values) > 1) ** 0.5)
+def _file(name: str) -> str:
+    return name.replace(" ", "-")

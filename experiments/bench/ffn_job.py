@@ -15,7 +15,7 @@ from ...models.kernels.sparse import Experts, sparse_feed_forward
 from ...models.precision import FP32
 from ...models.selection import MLPSelection, Selection
 
-Run = Callable[[], jax.Array]
+Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)

