@@ -32,6 +32,7 @@ from ..research.study.study import run_cell
 from .delta_methods import Backbone
 from .delta_tasks import Task, TaskRows, load_task
 from .skill_neurons_cells import MEASURED, speed, trial, values
+from .skill_neurons_deltas import Deltas, deltas, lora
 from .skill_neurons_work import ARRAYS, Work, Works
 
 REVISION = 3
@@ -121,6 +122,8 @@ READS: Mapping[str, tuple[str, ...]] = {  # of the size, by what is asked
     "trial": TUNING,
     "effects": (*TUNING, "seeds", "fractions", "kept", "draws"),
     "transfer": (*TUNING, "tasks"),
+    "lora": TUNING,
+    "deltas": (*TUNING, "tasks"),
     "modules": (*TUNING, "checkpoints", "experts", "crowded", "draws"),
     "values": TUNING,
     "speed": (*TUNING, "seeds", "kept"),
@@ -148,15 +151,19 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Every cell: results by what was asked, task and seed, and the arrays of the trials."""
-        found: dict[str, Any] = {"trial": {}, "arrays": {}, "effects": {}, "transfer": {}, "modules": {}}
+        found: dict[str, Any] = {"trial": {}, "arrays": {}}
         for name in self.size.tasks:
             for seed in self.size.seeds:
                 found["trial"][name, seed] = self.trial(name, seed)
                 found["arrays"][name, seed] = self.arrays(name, seed)
-        for what, ask in MEASURED.items():
-            for name in self.size.tasks:
-                for seed in self.size.seeds[: self.size.measured]:
-                    found[what][name, seed] = self._cell(what, name, seed, ask)[0]
+        measured = self.size.seeds[: self.size.measured]
+        for what, ask in {**MEASURED, "lora": lora, "deltas": deltas}.items():
+            found[what] = {
+                (name, seed): self._cell(what, name, seed, ask)[0]
+                for name in self.size.tasks
+                for seed in measured
+            }
+        found["lora_arrays"] = {key: self.arrays(*key, "lora") for key in found["lora"]}
         first = self.size.tasks[0], self.size.seeds[0]
         found["values"] = self._cell("values", *first, values)[0]
         found["speed"] = self._cell("speed", *first, speed)[0]
@@ -180,9 +187,14 @@ class Study:
         """What the trial of a task and seed found."""
         return self._cell("trial", name, seed, trial)[0]
 
-    def arrays(self, name: str, seed: int) -> dict[str, np.ndarray]:
-        """What the trial of a task and seed stored."""
-        return load_file(self._cell("trial", name, seed, trial)[1] / ARRAYS)
+    def arrays(self, name: str, seed: int, what: str = "trial") -> dict[str, np.ndarray]:
+        """What the trial of a task and seed stored, or its `lora`."""
+        return load_file(self._cell(what, name, seed, {"trial": trial, "lora": lora}[what])[1] / ARRAYS)
+
+    @cached_property
+    def deltas(self) -> Deltas:
+        """The compiled functions of the tasks' LoRAs."""
+        return Deltas(self)
 
     def checkpoints(self, seed: int) -> tuple[float, ...]:
         """The parts of a trial after which its neurons are read: of the seeds whose modules are asked for."""

@@ -14,7 +14,8 @@ from ..research.neurons.figures import curves, interval_bars, label_histograms
 from ..research.neurons.perturbation import Interval
 from ..research.study.runs import write_atomically
 from ..research.study.tables import Cell, Measured, Table
-from .skill_neurons_relations import layer_table, relations
+from .skill_neurons_deltas import delta_relations, deltas_table
+from .skill_neurons_relations import layer_table, relations, similarities
 
 Found = Mapping[str, Any]
 
@@ -34,7 +35,8 @@ def write_report(
     names = list(dict.fromkeys(name for name, _ in found["trial"]))
     seeds = sorted({seed for _, seed in found["trial"]})
     measured = sorted({seed for _, seed in found["effects"]})
-    similar = relations(found, names, seeds, measured, [kinds[name] for name in names], figures)
+    of_kind, maps = [kinds[name] for name in names], similarities(found, names, seeds)
+    similar = relations(found, names, seeds, measured, of_kind, figures)
     verdicts = _verdicts(found, names, seeds, measured, similar.rows[0])
     parts = []
     for title, table in (
@@ -44,6 +46,8 @@ def write_report(
         ("Speed", speed_table(found["speed"])),
         ("Transfer of prompts", transfer_table(found, names, measured)),
         ("What tasks have in common", similar),
+        ("Transfer of deltas", deltas_table(found, names, measured)),
+        ("Whose delta serves whom", delta_relations(found, maps, names, measured, of_kind)),
         ("By layer", layer_table(found, names, seeds, [kinds[name] for name in names])),
         ("Functional experts", modules_table(found, names, measured)),
         ("When predictivities settle", stability_table(found, names, measured, parts_trained)),

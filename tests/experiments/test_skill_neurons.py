@@ -12,6 +12,7 @@ from modicum.experiments.delta_methods import Backbone
 from modicum.experiments.delta_tasks import Task
 from modicum.experiments.skill_neurons import SIZES, Study
 from modicum.experiments.skill_neurons_cells import balanced_accuracy
+from modicum.experiments.skill_neurons_deltas import NONE, updates, without_head
 from modicum.experiments.skill_neurons_relations import similarities
 from modicum.experiments.skill_neurons_report import (
     accuracy_table,
@@ -89,7 +90,7 @@ def test_the_study_runs_once_and_says_what_it_found(study, found, tmp_path):
     page = tmp_path / "skill.md"
     text = write_report(study.folder, found, KINDS, page, study.size.checkpoints)
     assert page.read_text() == text
-    assert text.count("\n## ") == 8 and "predictivity" in text
+    assert text.count("\n## ") == 10 and "predictivity" in text
     for name in (
         "layers",
         "modules",
@@ -139,6 +140,22 @@ def test_a_task_is_like_itself_and_transfer_has_every_prompt(found):
     for each in maps.values():
         np.testing.assert_allclose(np.diag(each), 1, atol=1e-6)
     assert set(found["transfer"]["two", 0]) == {*MINE, "untrained", "seconds"}
+
+
+def test_deltas_are_asked_what_prompts_are(study, found):
+    assert set(found["deltas"]["two", 0]) == {*MINE, NONE, "seconds"}
+    stored = found["lora_arrays"]["one", 0]
+    assert updates(stored).shape == (4, 8, 8) and np.abs(updates(stored)).max() > 0
+    assert stored["predictivity"].shape == (1, 2, 32) and stored["states"].shape == (2, 1, 32)
+    work, programs = study.work("one"), study.deltas["one"]
+    assert programs is study.deltas["two"]
+    fresh = without_head(programs.trials.start(0, 0.1).variables)
+    before, after = (programs.hidden(each, work, work.rows.test) for each in (fresh, work.variables(stored)))
+    batch = next(iter(work.batches(work.rows.test)))
+    plain = study.backbone.model.apply(study.backbone.params, batch["tokens"], segments=batch["segments"])
+    real = (batch["segments"] > 0)[..., None]
+    np.testing.assert_allclose(before[:4], ((plain * real).sum(1) / real.sum(1))[:4], atol=1e-5)
+    assert np.abs(after - before).max() > 1e-4
 
 
 def test_modules_are_asked_for_in_the_models_own_experts(study, found):
