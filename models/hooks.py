@@ -68,9 +68,12 @@ def run_with_cache(
     *args: Any,
     names: Sequence[str],
     reduce: Reduce | None = None,
+    edits: Mapping[str, Edit] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Apply `model` and also return what flows through the sites that `names` match.
+
+    With `edits`, as of `run_with_edits`: what flows there under them, at an edited site what it becomes.
 
     `reduce(path, value)` turns a value into what is kept, inside the traced program, so that a statistic
     of `[B, T, F]` activations never holds them. Under scanned layers the kept values come back stacked
@@ -78,17 +81,18 @@ def run_with_cache(
     `jit`, `grad` and `vmap`. Raises `InputError` if a name matches nothing, and where a lifted
     transformation of the model keeps what was read from coming out.
     """
-    kept = reduce or (lambda path, value: value)
+    kept, editing = reduce or (lambda path, value: value), _Editing(edits or {}, kwargs)
     seen: set[str] = set()
 
     def read(context: Any, call: Callable[..., Any], call_args: tuple, call_kwargs: dict) -> tuple[Any, Any]:
-        output, path = call(*call_args, **call_kwargs), _site_path(context)
+        output, path = editing.write(call, call_args, call_kwargs, context), _site_path(context)
         found = [] if path is None else [name for name in names if matches(name, path)]
         seen.update(found)
         return output, kept(path, output) if path is not None and found else None
 
-    result = collect(model, params, *args, read=read, **kwargs)
+    result = collect(model, params, *args, read=read, **editing.inputs, **kwargs)
     _require_all(names, seen)
+    editing.require_used()
     return result
 
 
@@ -137,34 +141,48 @@ def run_with_edits(
     Raises `InputError` if a name matches nothing, if data are for a path that the name does not match or
     that is not called, and for data together with a cache.
     """
-    seen: set[str] = set()
-    data = _data_of(edits)
-    if data and kwargs.get("cache") is not None:
-        raise InputError("edits with data (Given) are for calls without a cache")
+    editing = _Editing(edits, kwargs)
+    with nn.intercept_methods(editing.write):
+        outputs = as_linen(model).apply(params, *args, **editing.inputs, **kwargs)
+    editing.require_used()
+    return outputs
 
-    def write(next_call: Callable, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
+
+class _Editing:
+    """Edits on their way into one call of a model, and which of them it met."""
+
+    def __init__(self, edits: Mapping[str, Edit], kwargs: Mapping[str, Any]) -> None:
+        self.edits, self.data, self.seen = edits, _data_of(edits), set[str]()
+        if self.data and kwargs.get("cache") is not None:
+            raise InputError("edits with data (Given) are for calls without a cache")
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model's `apply` takes for them."""
+        return {"kept": {EDITS: unflatten_dict(self.data, sep="/")}} if self.data else {}
+
+    def write(self, next_call: Callable, call_args: tuple, call_kwargs: dict, context: Any) -> Any:
+        """The output of an intercepted call as the edits leave it."""
         output, path = next_call(*call_args, **call_kwargs), _site_path(context)
-        for number, (name, edit) in enumerate(edits.items()):
+        for number, (name, edit) in enumerate(self.edits.items()):
             if path is None or not matches(name, path):
                 continue
             if not isinstance(edit, Given):
-                seen.add(name)
+                self.seen.add(name)
                 output = edit(output)
             elif context.module.scope.has_variable(EDITS, _leaf(number)):
-                seen.add(path)
+                self.seen.add(path)
                 output = edit.function(output, context.module.scope.get_variable(EDITS, _leaf(number)))
         return output
 
-    kept: dict[str, Any] = {"kept": {EDITS: unflatten_dict(data, sep="/")}} if data else {}
-    with nn.intercept_methods(write):
-        outputs = as_linen(model).apply(params, *args, **kept, **kwargs)
-    _require_all([name for name, edit in edits.items() if not isinstance(edit, Given)], seen)
-    if unused := [path for path in data if path.rpartition("/")[0] not in seen]:
-        raise InputError(
-            f"data for an edit at {unused[0].rpartition('/')[0]!r}: the model calls no such site, or a "
-            f"lifted transformation above it does not hand in the collection {EDITS!r}"
-        )
-    return outputs
+    def require_used(self) -> None:
+        """Raise `InputError` for an edit that met no site."""
+        _require_all([name for name, edit in self.edits.items() if not isinstance(edit, Given)], self.seen)
+        if unused := [path for path in self.data if path.rpartition("/")[0] not in self.seen]:
+            raise InputError(
+                f"data for an edit at {unused[0].rpartition('/')[0]!r}: the model calls no such site, or a "
+                f"lifted transformation above it does not hand in the collection {EDITS!r}"
+            )
 
 
 def _data_of(edits: Mapping[str, Edit]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     layers = Layers.of(site_shapes(model, params, tokens, names=["mlp/act"]))
     drops = ablate_each(model, params, tokens, name="layers_3/mlp/act", metric=loss)  # F runs, one program
     effects = attribute(model, params, clean, corrupted, names=["residual"], metric=loss)
+    shares = direct_effects(model, params, tokens, names=["mlp/act"], metric=logit)  # of the logit, added up
     logits = logit_lens(model, params, tokens)  # [L, B, T, V]
 
 Skill neurons (docs/neurons.md): `Predictivity` in two passes, `select`, `intervene` and `prune`.
@@ -13,6 +14,7 @@ from .interventions import ablate_each, fixed, for_each, intervene, noised, stac
 from .layers import Layers
 from .lens import attention_maps, logit_lens
 from .patching import activation_gradients, attribute, patch_each
+from .paths import direct_effects, patch_paths
 from .perturbation import Interval, Perturbed, bootstrap
 from .predictivity import Accuracy, Predictivity, Subtask, Top, one_against_rest
 from .pruning import neuron_site, prune
@@ -39,6 +41,7 @@ __all__ = [
     "attention_maps",
     "attribute",
     "bootstrap",
+    "direct_effects",
     "fit_probe",
     "fixed",
     "for_each",
@@ -50,6 +53,7 @@ __all__ = [
     "one_against_rest",
     "over_trials",
     "patch_each",
+    "patch_paths",
     "prune",
     "random_like",
     "select",

@@ -39,12 +39,12 @@ def patch_each(
     `clean` and `corrupted` are tokens `[B, T]`; `axis` 1 patches position by position, -1 neuron by neuron,
     2 of `attention/heads` head by head. The result has a leading axis over units, and is one program.
     """
-    _require_alike(clean, corrupted)
+    require_alike(clean, corrupted)
     path, shape = single_site(model, params, clean, name=name, **kwargs)
     source = run_with_cache(model, params, clean, names=[path], **kwargs)[1][path]
 
     def one(unit: jax.Array) -> Any:
-        edit = partial(_patched, source=source, unit=unit, axis=axis)
+        edit = partial(patched, source=source, unit=unit, axis=axis)
         return metric(run_with_edits(model, params, corrupted, edits={path: edit}, **kwargs))
 
     return for_each(one, jnp.arange(shape[axis]), chunk=chunk)
@@ -66,7 +66,7 @@ def attribute(
     `patch_each` less the metric of the corrupted run; exact where the metric is linear in the activation.
     `metric(outputs)` is a scalar. Under scanned layers arrays are stacked.
     """
-    _require_alike(clean, corrupted)
+    require_alike(clean, corrupted)
     wanted = run_with_cache(model, params, clean, names=names, **kwargs)[1]
     found = run_with_cache(model, params, corrupted, names=names, **kwargs)[1]
     slopes = activation_gradients(model, params, corrupted, names=names, metric=metric, **kwargs)
@@ -91,12 +91,13 @@ def activation_gradients(
     return jax.grad(score)(zeros)
 
 
-def _patched(x: jax.Array, source: jax.Array, unit: jax.Array, axis: int) -> jax.Array:
+def patched(x: jax.Array, source: jax.Array, unit: jax.Array, axis: int) -> jax.Array:
     """`x` with one unit along `axis` from `source`."""
     return jnp.where(along(axis, jnp.arange(x.shape[axis]) == unit, x.ndim), source, x)
 
 
-def _require_alike(clean: Any, corrupted: Any) -> None:
+def require_alike(clean: Any, corrupted: Any) -> None:
+    """Raise `InputError` for inputs of two shapes."""
     if jnp.shape(clean) != jnp.shape(corrupted):
         raise InputError(
             f"clean tokens {jnp.shape(clean)} and corrupted tokens {jnp.shape(corrupted)} must have one "
