@@ -26,13 +26,17 @@ LAYERS = 8  # that are drawn, evenly spread
 
 @dataclass(frozen=True)
 class Measured:
-    """Statistics by data set, mass over all of them, and what was made of the model."""
+    """Statistics by data set, mass over all of them, and what was made of the model.
+
+    With a relufied model these are of that one; `was` are the statistics of the model it was made from.
+    """
 
     name: str
     parts: Mapping[str, ActivationStatistics]
     mass: Sequence[LayerMass]
     moefied: Moefied | None = None
     relufied: Relufied | None = None
+    was: ActivationStatistics | None = None
 
     @property
     def whole(self) -> ActivationStatistics:
@@ -50,6 +54,8 @@ class Measured:
             tables["pairs"] = pairs_table(whole)
         if self.relufied is not None:
             tables["relufied"] = relufied_table(self.relufied)
+        if self.was is not None:
+            tables["silenced"] = silenced_table(self.was, whole)
         if self.moefied is not None:
             tables["moefied"] = moefied_table(self.moefied)
         return tables
@@ -100,9 +106,33 @@ def pairs_table(found: ActivationStatistics) -> Table:
 
 
 def relufied_table(made: Relufied) -> Table:
-    """The loss on text before and after the activation function was changed."""
-    row = {"as it was": made.before, "changed": made.swapped, "trained": made.after}
-    return _table([row], "Loss in nats a token, on the measured rows, which were not trained on.")
+    """What the model scores before and after its activation function was changed: a row a state."""
+    states = {"as it was": made.before, "changed, untrained": made.swapped, "trained": made.after}
+    rows = [{"model": state, **scores} for state, scores in states.items()]
+    text = "Loss in nats a token and next-token accuracy"
+    body = (
+        "Of the last hidden states, token by token, to those of the model as it was: the squared distance "
+        "as a share of their squared size, and the cosine; *same neighbour*: of how many rows the nearest "
+        "other row by mean hidden state is the same"
+    )
+    what = text if "loss" in made.after else body
+    return _table(rows, f"{what}; on the measured rows, which were not trained on.")
+
+
+def silenced_table(was: ActivationStatistics, now: ActivationStatistics) -> Table:
+    """A row a layer: the active share before and after another activation function."""
+    rows = [
+        {
+            "layer": one.name,
+            "active before": one.active_ratio,
+            "nonzero before": one.nonzero_ratio,
+            "active after": other.active_ratio,
+            "nonzero after": other.nonzero_ratio,
+            "dead after": len(other.dead),
+        }
+        for one, other in zip(was.layers, now.layers, strict=True)
+    ]
+    return _table(rows, "The same rows read by the model as it was (before) and by the trained one (after).")
 
 
 def activation_table(found: ActivationStatistics) -> Table:
@@ -143,7 +173,9 @@ def page(measured: Measured, tables: Mapping[str, Table]) -> Report:
     if "pairs" in tables:
         sections.append(Section("Which fire together", (), [tables["pairs"]], []))
     if "relufied" in tables:
-        sections.append(Section("With another activation function", (), [tables["relufied"]], []))
+        changed = [tables[name] for name in ("relufied", "silenced") if name in tables]
+        drawn = [] if measured.was is None else [silenced_figure(measured.was, found)]
+        sections.append(Section("With another activation function", (), changed, drawn))
     if measured.moefied is not None:
         figures = [moefied_figure(measured.moefied)]
         sections.append(Section("In experts", (), [tables["moefied"]], figures))
@@ -185,6 +217,17 @@ def activation_figures(found: ActivationStatistics) -> list[Figure]:
         ),
         Figure(bar_plot("Active neurons by layer", Axis("share of neurons"), bars)),
     ]
+
+
+def silenced_figure(was: ActivationStatistics, now: ActivationStatistics) -> Figure:
+    """Which share is not exactly 0 by layer, before and after."""
+    layers = list(range(len(now.layers)))
+    lines = [
+        Line(name, layers, [[layer.nonzero_ratio for layer in found.layers]])
+        for name, found in (("as it was", was), ("with another function, trained", now))
+    ]
+    title = "Neurons that are not exactly 0"
+    return Figure(line_plot(title, Axis("layer"), Axis("share of neurons"), lines))
 
 
 def mass_figure(mass: Sequence[LayerMass]) -> Figure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ... import InputError
 from .options import refuse_unused
@@ -34,7 +34,8 @@ class RelufyOptions:
     """The activation function: relu, relu2, fatrelu:0.1, topk:32, statistical-topk:32; or drelu, of gated
     layers: ReLU on both products (measure --site mid)."""
     teacher: Literal["itself", "text"] = "itself"
-    """What it learns: the distribution over the next token that the model had, or the text's next token."""
+    """What it learns: the distribution over the next token that the model had, or the text's next token; a
+    body without a head, such as an encoder, the hidden states that it had."""
     price: float = 0.0
     """Of the mean size of an activation, added to the loss: rises over the first half of the steps."""
     learning_rate: float = 1e-4
@@ -58,13 +59,13 @@ class RelufyOptions:
     def train(
         self, speaker: LanguageModel, texts: Iterable[Cut], seed: int
     ) -> tuple[LanguageModel, Relufied]:
-        """The changed model in the place of the one it was, and its losses on the measured rows."""
-        from ...research.sparsity.relufication import relufy
+        """The changed model in the place of the one it was, and its scores on the measured rows."""
+        from ...research.sparsity.relufication import relufy, speaks
         from .progress import training_bar
 
-        parts = list(texts)
+        parts, make = list(texts), _rows if speaks(speaker.model) else _read
         rows, held_out = (
-            _rows([row for part in parts for row in chosen(part)], parts[0].length, speaker.tokenizer.pad)
+            make([row for part in parts for row in chosen(part)], parts[0].length, speaker.tokenizer.pad)
             for chosen in (lambda part: part.rest, lambda part: part.measured)
         )
         if not len(rows) or not len(held_out):
@@ -88,6 +89,18 @@ class RelufyOptions:
         optimizer = OptimizerConfig("adamw", self.learning_rate)
         training = TrainingConfig(self.relufy, self.batch, optimizer=optimizer, seed=seed)
         return Relufication(activation, self.teacher, training, penalty)
+
+
+def _read(ids: list[list[int]], length: int, pad: int) -> list[dict[str, Any]]:
+    """Rows that a body without a head reads, filled up to one length."""
+    import numpy as np
+
+    rows = []
+    for row in ids:
+        segments = (np.arange(length) < len(row)).astype(np.int32)
+        tokens = np.asarray([*row, *[pad] * (length - len(row))], np.int32)
+        rows.append({"tokens": tokens, "segments": segments, "weights": segments.astype(np.float32)})
+    return rows
 
 
 def _rows(ids: list[list[int]], length: int, pad: int) -> Completions:

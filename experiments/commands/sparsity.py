@@ -84,17 +84,18 @@ class Sparsity:
         cache_compilations()
         speaker = self._open()
         texts = {name: self._cut(speaker, name) for name in self.data}
-        relufied = None
-        if self.relufying.relufy:
-            speaker, relufied = self.relufying.train(speaker, texts.values(), self.seed)
         batches = {name: self._batches(speaker, cut) for name, cut in texts.items()}
         every = [batch for own in batches.values() for batch in own]
         names = (f"mlp/{self.site}",)
+        relufied = was = None
+        if self.relufying.relufy:
+            was = Counter(speaker.model, names, self.threshold, self.sizes).measure(speaker.params, every)
+            speaker, relufied = self.relufying.train(speaker, texts.values(), self.seed)
         counter = Counter(speaker.model, names, self.threshold, self.sizes, self.pairs)
         parts = {name: counter.measure(speaker.params, own) for name, own in batches.items()}
         mass = measure_mass(speaker.model, speaker.params, every, names=names)
         moefied = None if wanted is None else self._convert(speaker, every, wanted)
-        found = Measured(self.model, parts, mass, moefied, relufied)
+        found = Measured(self.model, parts, mass, moefied, relufied, was)
         print(write_measured(self.out, found))
         if moefied is not None or relufied is not None:
             self._save(speaker, moefied)

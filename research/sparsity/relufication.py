@@ -3,7 +3,7 @@
 Mirzadeh et al., "ReLU Strikes Back", 2023, put ReLU in the place of GELU or SiLU and go on training on text.
 Where the text is not what the model learned from, the model as it was may teach instead: the changed one is
 trained towards its distribution over the next token (Hinton et al., "Distilling the Knowledge in a Neural
-Network", 2015).
+Network", 2015), or, of a body without a head such as an encoder, towards its hidden states.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from ..training.job import Job
 from ..training.loop import train
 from ..training.objectives import Batch, Forward, Loss, LossSums, full_tuning, inputs_of
 from ..training.recorder import Report
-from ..training.tasks import language_model_job
+from ..training.tasks import language_model_job, tuning_job
+from .hidden_distillation import TEACHER, hidden_distillation, row_vectors, same_neighbour
 
 Tree = Any
-TEACHER = "teacher"
+Scores = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,19 @@ class Relufication:
 
 @dataclass(frozen=True)
 class Relufied:
-    """The changed model, and its loss on text that was held out.
+    """The changed model, and what it scores on rows that were held out.
 
-    `before` is the model's as it was, `swapped` with the other function and untrained, `after` in the end.
+    `before` is the model's score as it was, `swapped` with the other function and untrained, `after` in the
+    end. Of a language model: `loss` and `accuracy` on the text. Of a body without a head: `distance` and
+    `cosine` of its hidden states to what they were (see `hidden_distillation`), and `same neighbour`, of how
+    many rows the nearest other row by mean hidden state is still the same.
     """
 
     model: Transformer
     params: Params
-    before: float
-    swapped: float
-    after: float
+    before: Scores
+    swapped: Scores
+    after: Scores
 
 
 def relufy(
@@ -78,34 +82,28 @@ def relufy(
 ) -> Relufied:
     """`model` with another activation function, all its parameters trained on packed or padded `rows`.
 
-    Raises `InputError` for what is no decoder with a language model's head, or has no dense feed-forward
-    layers.
+    Raises `InputError` for what is neither a decoder with a language model's head nor a body without a head,
+    for a body that text shall teach, and for layers that are not dense.
     """
     wanted = wanted or Relufication()
+    changed = with_activation(model, wanted.activation)
     job = relufication_job(model, params, rows, held_out, wanted)
-    measured = language_model_job(
-        model, rows, wanted.training, layout=Layout.single(), evaluation=held_out, initial=params
-    )
-    assert job.evaluate is not None and measured.evaluate is not None
-    before, swapped = (each(params, {})["loss"] for each in (measured.evaluate, job.evaluate))
+    before, scores = _judges(model, params, changed, job, rows, held_out, wanted)
+    swapped = scores(params)
     outcome = train(job, wanted.training, run, report=report)
     if outcome.stopped:
         raise InputError(f"training stopped ({outcome.stopped}) before the last step")
-    made = outcome.state.evaluated
-    after = outcome.evaluations[-1]["loss"]
-    return Relufied(with_activation(model, wanted.activation), jax.device_get(made), before, swapped, after)
+    made = jax.device_get(outcome.state.evaluated)
+    return Relufied(changed, made, before, swapped, scores(made))
 
 
 def relufication_job(
     model: Transformer, params: Params, rows: Rows, held_out: Rows, wanted: Relufication
 ) -> Job:
-    """The job of `relufy`; evaluation is the loss on text whoever teaches."""
-    if model.config.kind != "decoder" or not isinstance(model.head, LanguageModelHead):
-        raise InputError(
-            f"relufication trains decoders with a language model's head; this is an {model.config.kind} "
-            f"with {type(model.head).__name__}"
-        )
+    """The job of `relufy`; evaluation is the loss on text whoever teaches, of a body the teacher's."""
     changed = with_activation(model, wanted.activation)
+    if not speaks(model):
+        return _body_job(model, changed, params, rows, held_out, wanted)
     job = language_model_job(
         changed,
         rows,
@@ -117,9 +115,88 @@ def relufication_job(
     )
     if wanted.teacher == "text":
         return job
-    make, penalty = self_distillation(model), wanted.penalty
-    loss = make(full_tuning(changed)) if penalty is None else with_activation_penalty(make, changed, penalty)
-    return replace(job, loss=loss, frozen={TEACHER: params})
+    return replace(job, loss=_priced(self_distillation(model), changed, wanted), frozen={TEACHER: params})
+
+
+def speaks(model: Transformer) -> bool:
+    """Whether this is a decoder with a language model's head, or else a body without a head.
+
+    Raises `InputError` for what is neither.
+    """
+    kind, head = model.config.kind, model.head
+    if kind == "decoder" and isinstance(head, LanguageModelHead):
+        return True
+    if kind != "encoder-decoder" and head is None:
+        return False
+    raise InputError(
+        f"relufication trains decoders with a language model's head, and encoders and decoders without a "
+        f"head; this is an {kind} with {type(head).__name__}"
+    )
+
+
+def _body_job(
+    model: Transformer,
+    changed: Transformer,
+    params: Params,
+    rows: Rows,
+    held_out: Rows,
+    wanted: Relufication,
+) -> Job:
+    """Towards the hidden states of `model`; the penalty is in what is trained, not in what is evaluated."""
+    if wanted.teacher == "text":
+        raise InputError("an encoder has no next token that text could teach; teacher 'itself' is valid")
+    make = hidden_distillation(model)
+    job = tuning_job(
+        changed,
+        params,
+        None,
+        rows,
+        wanted.training,
+        layout=Layout.single(),
+        loss_of=make,
+        unit="tokens",
+        evaluation=held_out,
+    )
+    batches = job.batches if wanted.penalty is None else wanted.penalty.priced(job.batches)
+    return replace(job, loss=_priced(make, changed, wanted), batches=batches, frozen={TEACHER: params})
+
+
+def _priced(make: Callable[[Forward], Loss], changed: Transformer, wanted: Relufication) -> Loss:
+    if wanted.penalty is None:
+        return make(full_tuning(changed))
+    return with_activation_penalty(make, changed, wanted.penalty)
+
+
+def _judges(
+    model: Transformer,
+    params: Params,
+    changed: Transformer,
+    job: Job,
+    rows: Rows,
+    held_out: Rows,
+    wanted: Relufication,
+) -> tuple[Scores, Callable[[Params], Scores]]:
+    """The scores of `model` as it is, and the function that has those of `changed` with some parameters."""
+    evaluate = job.evaluate
+    assert evaluate is not None
+    if speaks(model):
+        dense = language_model_job(
+            model, rows, wanted.training, layout=Layout.single(), evaluation=held_out, initial=params
+        )
+        assert dense.evaluate is not None
+        return _on_text(dense.evaluate(params, {})), lambda own: _on_text(evaluate(own, job.frozen))
+    vectors = row_vectors(model, params, held_out)
+
+    def to_itself(own: Params) -> Scores:
+        found = evaluate(own, job.frozen)
+        same = same_neighbour(vectors, row_vectors(changed, own, held_out))
+        return {"distance": found["loss"], "cosine": found["cosine"], "same neighbour": same}
+
+    return {"distance": 0.0, "cosine": 1.0, "same neighbour": 1.0}, to_itself  # from itself to itself
+
+
+def _on_text(found: Mapping[str, float]) -> Scores:
+    return {name: found[name] for name in ("loss", "accuracy")}
 
 
 def with_activation(model: Transformer, activation: Activation) -> Transformer:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from modicum.experiments.commands.sparsity import share_of
-from modicum.models import MLP, Learned, Transformer, TransformerConfig, multi_head
+from modicum.models import MLP, Learned, TopK, Transformer, TransformerConfig, multi_head
 from modicum.research.data.tokenizers import Tokenizer, train_tokenizer
 from modicum.research.sparsity import load_statistics
 from modicum.research.training.model_folder import load_model, save_model
@@ -158,6 +158,7 @@ def test_a_relufied_model_is_measured_by_data_set_and_generates(modicum, model, 
         *("--length", 8, "--rows", 5, "--relufy", 2, "--batch", 4, "--price", 0.1, "--pairs", "--out", out),
     )
     assert said.code == 0, said.error
+    assert "changed, untrained" in said.out and "nonzero before" in said.out
     assert "as it was" in said.out and "more.jsonl" in said.out and "strongest pair" in said.out
     made = load_model(out / "model")
     assert made.model.config.mlp.activation == "relu" and made.notes["relufied"] == str(tmp_path / "gelu")
@@ -165,3 +166,20 @@ def test_a_relufied_model_is_measured_by_data_set_and_generates(modicum, model, 
     new = ("--prompt", TEXTS[0], "--max-new-tokens", 2)
     assert modicum("generate", out / "model", *new).code == 0
     assert "Which fire together" in (out / "report.html").read_text()
+
+
+def test_an_encoder_is_relufied_towards_its_hidden_states(modicum, model, tmp_path):
+    dense = load_model(model / "model")
+    body = Transformer(replace(dense.model.config, layers=1, kind="encoder", mlp=MLP(32, "gelu")), None)
+    params = body.init(jax.random.key(1), jnp.zeros((1, 2), int))
+    save_model(tmp_path / "body", body, params, tokenizer=Tokenizer.load(dense.tokenizer))
+    out = tmp_path / "out"
+    given = ("sparsity", tmp_path / "body", "--data", model / "texts.jsonl", "--length", 8, "--rows", 5)
+    said = modicum(*given, "--relufy", 2, "--batch", 4, "--relufy-to", "topk:6", "--out", out)
+    assert said.code == 0, said.error
+    assert "same neighbour" in said.out and "distance" in said.out
+    made = load_model(out / "model")
+    assert made.model.config.mlp.activation == TopK(6) and made.model.config.kind == "encoder"
+    assert load_statistics(out / "activations.safetensors").nonzero_ratio <= 6 / 32
+    said = modicum(*given, "--relufy", 2, "--teacher", "text", "--out", out)
+    assert said.code == 2 and "an encoder has no next token that text could teach" in said.error

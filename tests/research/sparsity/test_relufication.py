@@ -19,6 +19,7 @@ from modicum.models import (
     multi_head,
 )
 from modicum.research.sparsity import measure
+from modicum.research.sparsity.hidden_distillation import hidden_distillation, row_vectors, same_neighbour
 from modicum.research.sparsity.relufication import (
     Relufication,
     relufication_job,
@@ -73,7 +74,8 @@ def test_trained_from_itself_the_relu_model_is_near_the_one_it_was(dense):
     model, params, given = dense
     held_out = list(rows(8, seed=1))
     made = relufy(model, params, given, held_out, Relufication(training=TRAINING))
-    assert made.model.config.mlp == MLP(64, "relu") and made.before != made.swapped
+    assert made.model.config.mlp == MLP(64, "relu") and set(made.after) == {"loss", "accuracy"}
+    assert made.before["loss"] != made.swapped["loss"] != made.after["loss"]
     tokens = np.stack([row["tokens"] for row in held_out])
     p, *others = (
         jax.nn.log_softmax(each.apply(own, tokens))
@@ -117,7 +119,59 @@ def test_every_dense_layer_changes_and_others_are_refused():
     routed = Transformer(replace(CONFIG, mlp=RoutedMLP(experts=2, chosen=2)))
     with pytest.raises(InputError, match="mlp is a RoutedMLP; an MLP or a GatedMLP can be changed"):
         with_activation(routed, "relu")
-    with pytest.raises(InputError, match="this is an encoder"):
+    with pytest.raises(InputError, match="this is an encoder with LanguageModelHead"):
         relufication_job(Transformer(replace(CONFIG, kind="encoder")), {}, [], [], Relufication())
+    body, taught = Transformer(replace(CONFIG, kind="encoder"), None), Relufication(teacher="text")
+    with pytest.raises(InputError, match="no next token that text could teach; teacher 'itself' is valid"):
+        relufication_job(body, {}, [], [], taught)
     with pytest.raises(InputError, match="with ClassifierHead"):
         relufication_job(Transformer(CONFIG, ClassifierHead(2)), {}, [], [], Relufication())
+
+
+def read(seed, count, length=8):
+    """Rows of an encoder, the last tokens of which are padding."""
+    draw = np.random.default_rng(seed)
+    for _ in range(count):
+        segments = (np.arange(length) < draw.integers(4, length + 1)).astype(np.int32)
+        tokens = draw.integers(0, 12, length).astype(np.int32) * segments
+        yield {"tokens": tokens, "segments": segments, "weights": segments.astype(np.float32)}
+
+
+@pytest.fixture(scope="module")
+def encoder(quick_compile):
+    model = Transformer(replace(CONFIG, kind="encoder"), None)
+    return model, model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+
+
+def test_an_encoders_distance_is_that_of_its_hidden_states(encoder):
+    model, params = encoder
+    changed, rows = with_activation(model, "relu"), list(read(0, 5))
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    loss = hidden_distillation(model)(full_tuning(changed))
+    sums = loss(params, {"teacher": params}, batch, None)
+    given = {"segments": batch["segments"]}
+    h, g = (np.asarray(each.apply(params, batch["tokens"], **given)) for each in (model, changed))
+    real = batch["segments"] > 0
+    apart = np.square(g - h).sum(-1) / np.square(h).sum(-1)
+    np.testing.assert_allclose(sums.total, apart[real].sum(), rtol=1e-4)
+    angle = (g * h).sum(-1) / np.linalg.norm(g, axis=-1) / np.linalg.norm(h, axis=-1)
+    np.testing.assert_allclose(sums.metrics["cosine"], angle[real].sum(), rtol=1e-4)
+    assert float(sums.weight) == real.sum()
+    means = np.stack([states[mask].mean(0) for states, mask in zip(h, real)])
+    vectors = row_vectors(model, params, rows)
+    np.testing.assert_allclose(vectors, means / np.linalg.norm(means, axis=1, keepdims=True), rtol=1e-4)
+    assert same_neighbour(vectors, vectors) == 1.0
+    turns = np.radians([[0, 10, 100], [0, 80, 100]])
+    one, other = np.stack([np.cos(turns), np.sin(turns)], -1)
+    assert same_neighbour(one, other) == pytest.approx(2 / 3) and same_neighbour(one[:1], other[:1]) == 0.0
+
+
+def test_an_encoder_is_brought_back_to_its_hidden_states(encoder):
+    model, params = encoder
+    wanted = Relufication(training=TRAINING, penalty=ActivationPenalty(((0, 0.01),)))
+    made = relufy(model, params, list(read(1, 64)), list(read(2, 16)), wanted)
+    assert made.before == {"distance": 0.0, "cosine": 1.0, "same neighbour": 1.0}
+    assert made.after["distance"] < 0.6 * made.swapped["distance"]
+    assert made.after["cosine"] > made.swapped["cosine"]
+    batch = [{name: np.stack([row[name] for row in read(2, 16)]) for name in ("tokens", "segments")}]
+    assert measure(made.model, made.params, batch).nonzero_ratio < 0.7
