@@ -153,6 +153,14 @@ def test_unused_reading_is_free_after_compilation(params):
     plain = cost(lambda p: MODEL.apply(p, TOKENS))
     assert cost(lambda p: run_with_cache(MODEL, p, TOKENS, names=[".*"])[0]) == plain
 
+    def after(layer):
+        return cost(lambda p: run_with_cache(MODEL, p, TOKENS, names=[f"layers_{layer}/residual"])[1])
+
+    assert after(0) < 0.55 * after(1) < 0.55 * plain  # what lies behind is not computed
+    given = np.ones((2, 4, 8), np.float32)
+    edits = {"layers_0/residual": lambda x: given}
+    assert cost(lambda p: run_with_edits(MODEL, p, TOKENS, edits=edits)) < 0.6 * plain  # nor what before
+
 
 def test_data_reach_layers_that_differ_and_are_recomputed(random_parameters):
     pattern = Layer(mlp=MLP(12, "relu")), Layer(mlp=MLP(5, "gelu"))

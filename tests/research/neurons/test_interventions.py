@@ -76,6 +76,29 @@ def test_every_neuron_is_ablated_in_one_program(params):
     np.testing.assert_allclose(shifted[0], found[0], atol=1e-6)
 
 
+def test_a_layer_of_minilms_size_is_ablated_in_one_program():
+    """Of 1,536 neurons exactly those that fire somewhere are missed."""
+    model = Transformer(replace(CONFIG, layers=1, mlp=MLP(1536, "relu")), None)
+    numbers = np.random.default_rng(2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), CLEAN)
+    params = jax.tree.map(lambda leaf: numbers.normal(0, 0.5, leaf.shape).astype(leaf.dtype), shapes)
+    params["layers_0"]["mlp"]["up"]["bias"][::3] = -50.0  # never fire
+    traces = []
+
+    @jax.jit
+    def run(params):
+        traces.append(1)
+        hidden, seen = run_with_cache(model, params, CLEAN, names=["mlp/act"])
+        found = ablate_each(model, params, CLEAN, name="layers_0/mlp/act", metric=lambda y: y, chunk=256)
+        return jnp.abs(found - hidden).max((1, 2, 3)), seen["layers_0/mlp/act"]
+
+    missed, act = run(params)
+    assert len(traces) == 1 and missed.shape == (1536,)
+    fires = np.asarray(act).max((0, 1)) > 0
+    assert not fires[::3].any() and 600 < fires.sum() < 1024
+    assert (missed[fires] > 1e-7).mean() > 0.99 and np.abs(missed[~fires]).max() < 1e-6
+
+
 def test_heads_are_ablated_along_their_axis(params):
     name = "layers_0/attention/heads"
     found = jax.jit(lambda p: ablate_each(MODEL, p, CLEAN, name=name, metric=last_logit, axis=2))(params)
