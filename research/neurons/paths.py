@@ -1,14 +1,13 @@
 """Effects along the residual stream alone: what a unit adds to the logits itself, and to which later part.
 
-Layers of a pre-norm model add to one stream and read it through their norms. Where those reads are held, a
-change of one activation goes straight on to the end (direct logit attribution: Elhage et al., "A Mathematical
-Framework for Transformer Circuits", 2021) or straight into one later part (path patching: Wang et al.,
-"Interpretability in the Wild", 2022; Goldowsky-Dill et al., 2023).
+Layers read one stream and add to it. Where what they read is held, a change of one activation goes straight
+on to the end (direct logit attribution: Elhage et al., "A Mathematical Framework for Transformer Circuits",
+2021) or straight into one later part (path patching: Wang et al., "Interpretability in the Wild", 2022;
+Goldowsky-Dill et al., "Localizing Model Behavior with Path Patching", 2023).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,16 +18,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from ... import InputError
+from ...models.config import TransformerConfig
 from ...models.hooks import Given, matches, run_with_cache, run_with_edits
 from ...models.model import Model, Params, as_linen
 from ...models.norms import LayerNormModule, RMSNormModule
 from ...models.precision import promote_statistics
-from ...models.residuals import PreNorm
 from .interventions import for_each, single_site
 from .patching import activation_gradients, patched, require_alike
 
 SUBLAYERS = "(attention|cross_attention|mlp)"
-FINAL = r"(decoder/)?final_norm"
 
 
 def direct_effects(
@@ -41,11 +39,12 @@ def direct_effects(
 ) -> dict[str, jax.Array]:
     """By site path what each activation adds to the scalar `metric(outputs)` itself, by no later layer.
 
-    An activation times the metric's gradient by it along the stream, where the final norm divides by what it
-    divides by in this run. For a metric that is linear in the logits, such as a difference of two, the
-    effects of `embedded`, `attention` and `mlp` add up to it, but for the biases of norm and head; those of
-    `mlp/act` (`mlp/mid`) are each neuron's, of `attention/heads` each head's. All sites at once, with one
-    backward pass. Raises `InputError` for a model whose layers do not add to one stream.
+    An activation times the metric's gradient by it along the stream, whose norms (the final one; after layers
+    too where these are normalised afterwards) divide by what they divide by in this run. For a metric that
+    is linear in the logits, such as a difference of two, the effects of `embedded`, `attention` and `mlp` add
+    up to it, but for the biases of norms and head; those of `mlp/act` (`mlp/mid`) are each neuron's, of
+    `attention/heads` each head's. All sites at once, with one backward pass. For our Transformers; raises
+    `InputError` for other models.
     """
     _require_stream(model)
     found = run_with_cache(model, params, *args, names=names, **kwargs)[1]
@@ -101,14 +100,16 @@ def _others(
 
 
 def _straight(next_call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    """Layers read the stream as if it were given; the last norm divides as if by a given number."""
+    """Layers read the stream as if it were given, and norms divide it as if by given numbers."""
     module = context.module
-    if context.method_name != "__call__" or not isinstance(module, LayerNormModule | RMSNormModule):
+    path = "" if module.scope is None else "/".join(module.scope.path)
+    if context.method_name != "__call__" or not matches(f"({SUBLAYERS}(_norm)?|final_norm)", path):
         return next_call(*args, **kwargs)
-    path = "/".join(module.scope.path)  # type: ignore[union-attr]
-    if matches(f"{SUBLAYERS}_norm", path):
-        return lax.stop_gradient(next_call(*args, **kwargs))
-    return _with_given_size(module, *args) if re.fullmatch(FINAL, path) else next_call(*args, **kwargs)
+    if isinstance(module, LayerNormModule | RMSNormModule):
+        return _with_given_size(module, *args)
+    if kwargs.get("memory") is not None:
+        kwargs = {**kwargs, "memory": lax.stop_gradient(kwargs["memory"])}
+    return next_call(*lax.stop_gradient(args), **kwargs)
 
 
 def _with_given_size(module: LayerNormModule | RMSNormModule, x: jax.Array) -> jax.Array:
@@ -121,11 +122,11 @@ def _with_given_size(module: LayerNormModule | RMSNormModule, x: jax.Array) -> j
 
 
 def _require_stream(model: Model | nn.Module) -> None:
-    config = getattr(as_linen(model).module, "config", None)
-    if not isinstance(getattr(config, "residual", None), PreNorm):
-        kind = type(getattr(config, "residual", config)).__name__
+    module = as_linen(model).module
+    if not isinstance(getattr(module, "config", None), TransformerConfig):
         raise InputError(
-            f"layers of this model ({kind}) do not add to one stream; valid: a Transformer with PreNorm"
+            f"{type(module).__name__} is not a Transformer of ours: which of its parts read a stream that "
+            f"others add to is not known"
         )
 
 
