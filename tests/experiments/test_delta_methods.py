@@ -1,7 +1,7 @@
 """The study of delta methods, whole, on a tiny encoder and made-up data; its tables and its words."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from modicum import InputError
-from modicum.experiments.delta_methods import FEW_METHODS, RECIPES, SIZES, Backbone, Recipe, Study
+from modicum.experiments.delta_methods import FEW_METHODS, RECIPES, SIZES, Recipe, Study
 from modicum.experiments.delta_methods_report import verdicts, write_few, write_methods
 from modicum.experiments.delta_tasks import TASKS, Task, load_task, matthews_correlation
 from modicum.models import Transformer, TransformerConfig
@@ -20,20 +20,6 @@ from modicum.models.positions import Learned
 from modicum.research import delta
 
 WORDS = 30
-
-
-@dataclass(frozen=True)
-class Words:
-    """A tokenizer: word 7 of a text is token 7."""
-
-    pad: int = 0
-
-    def encode_all(self, texts, limit, special):
-        return [[1, *map(int, text.split())][:limit] for text in texts]
-
-    def encode_pair(self, first, second, limit):
-        one, two = ([1, *map(int, text.split())] for text in (first, second))
-        return (one + two)[:limit], ([0] * len(one) + [1] * len(two))[:limit]
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +40,8 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    config = TransformerConfig(
-        kind="encoder",
-        layers=2,
-        width=8,
-        vocab=WORDS,
-        attention=GroupedQuery(2),
-        positions=Learned(64),
-        norm=LayerNorm(),
-        token_types=2,
-        initial_std=0.3,
-    )
-    model = Transformer(config, None)
-    return Backbone(model, model.init(jax.random.key(0), jnp.zeros((1, 4), int)), Words())
+def backbone(tiny_backbone):
+    return tiny_backbone(WORDS, token_types=2)
 
 
 # As many ranks and units as the matrices of this model have room for.
@@ -160,8 +134,8 @@ def test_steps_are_timed_in_turns(study):
     assert set(times) == {"LoRA", "linear probe"} and all(value > 0 for value in times.values())
 
 
-def test_splits_do_not_overlap_and_few_rows_are_balanced(data):
-    rows = load_task(data, MINE["pair"], Words(), dev_rows=16, test_rows=0)
+def test_splits_do_not_overlap_and_few_rows_are_balanced(data, backbone):
+    rows = load_task(data, MINE["pair"], backbone.tokenizer, dev_rows=16, test_rows=0)
     assert not set(rows.train.numbers) & set(rows.dev.numbers)
     assert len(rows.train) + len(rows.dev) == 64 and len(rows.dev) == 16 and len(rows.test) == 24
     few = rows.few(10, seed=1)
@@ -177,9 +151,9 @@ def test_matthews_correlation():
     assert matthews_correlation(a, a) == pytest.approx(1.0) and matthews_correlation(a, 0 * b) == 0.0
 
 
-def test_missing_data_is_named(tmp_path):
+def test_missing_data_is_named(tmp_path, backbone):
     with pytest.raises(InputError, match=r"sst2: no such data set"):
-        load_task(tmp_path, TASKS["sst2"], Words(), dev_rows=0, test_rows=0)
+        load_task(tmp_path, TASKS["sst2"], backbone.tokenizer, dev_rows=0, test_rows=0)
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,16 @@
 """The study of emotion neurons, whole, on a tiny encoder and made-up emotions; its tables and figures."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from modicum import InputError
-from modicum.experiments.delta_methods import Backbone
 from modicum.experiments.emotion_neurons import SIZES, Study
 from modicum.experiments.emotion_neurons_report import effects, similarities, write_report
 from modicum.experiments.emotion_tasks import Emotions
-from modicum.models import Transformer, TransformerConfig
-from modicum.models.attention import GroupedQuery
-from modicum.models.norms import LayerNorm
-from modicum.models.positions import Learned
 
 WORDS = 30
 GROUPS = {
@@ -28,18 +22,8 @@ GROUPS = {
 NAMES = ("anger", "annoyance", "joy", "love", "grief", "wonder")
 
 
-@dataclass(frozen=True)
-class Words:
-    """A tokenizer: word 7 of a text is token 7."""
-
-    pad: int = 0
-
-    def encode_all(self, texts, limit, special):
-        return [[1, *map(int, text.split())][:limit] for text in texts]
-
-
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, tiny_backbone):
     """Six emotions, each with a word of its own; four texts of one and eight of another in test."""
     data, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     folder = data / "goemotions"
@@ -52,21 +36,9 @@ def study(tmp_path_factory):
                     text = draw.permutation([number + 2, *draw.integers(10, WORDS, 5)])
                     said = {"text": " ".join(map(str, text)), "label": number, "label_text": name}
                     file.write(json.dumps(said) + "\n")
-    config = TransformerConfig(
-        kind="encoder",
-        layers=2,
-        width=8,
-        vocab=WORDS,
-        attention=GroupedQuery(2),
-        positions=Learned(64),
-        norm=LayerNorm(),
-        initial_std=0.3,
-    )
-    model = Transformer(config, None)
-    backbone = Backbone(model, model.init(jax.random.key(0), jnp.zeros((1, 4), int)), Words())
     size = replace(SIZES["smoke"], length=8, emotions=NAMES, draws=2)
     jax.config.update("jax_disable_most_optimizations", True)
-    yield Study(tmp_path_factory.mktemp("study"), data, size, backbone)
+    yield Study(tmp_path_factory.mktemp("study"), data, size, tiny_backbone(WORDS))
     jax.config.update("jax_disable_most_optimizations", False)
 
 
@@ -95,9 +67,9 @@ def test_tasks_are_balanced_and_their_texts_fixed(study):
         emotions.ordered(["awe"])
 
 
-def test_groups_must_be_there(study, tmp_path):
+def test_groups_must_be_there(study, tiny_backbone, tmp_path):
     with pytest.raises(InputError, match=r"ekman_mapping\.json: no such file"):
-        Emotions.load(tmp_path, Words(), 8)
+        Emotions.load(tmp_path, tiny_backbone(WORDS).tokenizer, 8)
 
 
 def test_all_tasks_share_one_program_and_masks_hold_what_they_say(study, found):

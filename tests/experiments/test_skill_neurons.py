@@ -1,14 +1,12 @@
 """The study of skill neurons, whole, on a tiny encoder and made-up data; its tables and its words."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modicum.experiments.delta_methods import Backbone
 from modicum.experiments.delta_tasks import Task
 from modicum.experiments.skill_neurons import SIZES, Study
 from modicum.experiments.skill_neurons_cells import balanced_accuracy
@@ -22,10 +20,6 @@ from modicum.experiments.skill_neurons_report import (
     stability_table,
     write_report,
 )
-from modicum.models import Transformer, TransformerConfig
-from modicum.models.attention import GroupedQuery
-from modicum.models.norms import LayerNorm
-from modicum.models.positions import Learned
 
 WORDS = 30
 MINE = {
@@ -36,18 +30,8 @@ MINE = {
 KINDS = {"one": "a", "two": "a", "three": "b"}
 
 
-@dataclass(frozen=True)
-class Words:
-    """A tokenizer: word 7 of a text is token 7."""
-
-    pad: int = 0
-
-    def encode_all(self, texts, limit, special):
-        return [[1, *map(int, text.split())][:limit] for text in texts]
-
-
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, tiny_backbone):
     """Tasks whose label is which of two words a text has; all have one shape, so one set of programs."""
     folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for name, words in {"one": (5, 6), "two": (5, 6), "three": (6, 7)}.items():
@@ -59,21 +43,9 @@ def study(tmp_path_factory):
                     text = draw.permutation([words[label], *draw.integers(8, WORDS, 5)])
                     said = " ".join(map(str, text))
                     file.write(json.dumps({"text": said, "label": label}) + "\n")
-    config = TransformerConfig(
-        kind="encoder",
-        layers=2,
-        width=8,
-        vocab=WORDS,
-        attention=GroupedQuery(2),
-        positions=Learned(64),
-        norm=LayerNorm(),
-        initial_std=0.3,
-    )
-    model = Transformer(config, None)
-    backbone = Backbone(model, model.init(jax.random.key(0), jnp.zeros((1, 4), int)), Words())
     size = replace(SIZES["smoke"], seeds=(0,), read_rows=64, dev_rows=32, test_rows=32, tasks=tuple(MINE))
     jax.config.update("jax_disable_most_optimizations", True)
-    yield Study(tmp_path_factory.mktemp("study"), folder, size, backbone, MINE)
+    yield Study(tmp_path_factory.mktemp("study"), folder, size, tiny_backbone(WORDS), MINE)
     jax.config.update("jax_disable_most_optimizations", False)
 
 
