@@ -163,7 +163,7 @@ class Study:
                 for name in self.size.tasks
                 for seed in measured
             }
-        found["lora_arrays"] = {key: self.arrays(*key, "lora") for key in found["lora"]}
+        found["lora_arrays"] = {(name, seed): self.arrays(name, seed, "lora") for name, seed in found["lora"]}
         first = self.size.tasks[0], self.size.seeds[0]
         found["values"] = self._cell("values", *first, values)[0]
         found["speed"] = self._cell("speed", *first, speed)[0]

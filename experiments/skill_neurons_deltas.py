@@ -23,10 +23,10 @@ from safetensors.numpy import save_file
 from ..models import Transformer
 from ..models.model import Params
 from ..research import delta
-from ..research.data.batches import Batch, Batches
+from ..research.data.batches import Batches
 from ..research.data.parts import Part, every_nth
 from ..research.neurons import Predictivity, TokenMean, activations, fit_probe, over_trials
-from ..research.neurons.reading import model_inputs, real_places
+from ..research.neurons.reading import Batch, model_inputs, real_places
 from ..research.neurons.relations import agreement, binary_cosine, cosine, matrix, same_kind, spearman
 from ..research.study.tables import Cell, Measured, Table
 from ..research.training.config import OptimizerConfig, TrainingConfig
@@ -193,7 +193,7 @@ def updates(stored: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.stack([stored[f"{site}/a"] @ stored[f"{site}/b"] for site in sites])
 
 
-def _relative(found: Found, names: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+def _relative(found: Mapping[Any, Any], names: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
     """Accuracies `[target, source]` relative to the target's own."""
     read = [[fmean(found[target, seed][source] for seed in seeds) for source in names] for target in names]
     return np.array(read) / np.diag(np.array(read))[:, None]
