@@ -68,9 +68,10 @@ def emotion_table(found: Found, names: Sequence[str], groups: Sequence[str]) -> 
     spread = f"mean ± s.d. of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     caption = (
         f"Test accuracy % of telling an emotion's texts from as many of the others, {spread}: the tuned "
-        f"prompt; the neuron that was best on dev; the same with the prompt before training; a neuron chosen "
-        f"by shuffled labels. Texts: of the emotion in train. Chance is 50; with fewer than {FEW} test texts "
-        f"a row says next to nothing."
+        f"prompt; the neuron that was best on dev; the same with the prompt before training, which starts "
+        f"alike for every seed and emotion (the vocabulary's first vectors); a neuron chosen by shuffled "
+        f"labels. Texts: of the emotion in train. Chance is 50; with fewer than {FEW} test texts a row says "
+        f"next to nothing."
     )
     return Table(columns, tuple(rows), caption)
 

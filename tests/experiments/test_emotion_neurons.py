@@ -85,6 +85,20 @@ def test_all_tasks_share_one_program_and_masks_hold_what_they_say(study, found):
     assert study.ratings("valence")[:5].tolist() == [0, 0, 1, 1, 0]
 
 
+def test_the_control_is_the_trials_own_prompt_before_training(study, found):
+    work = study.work("anger")
+    start = jax.device_get(work.programs.trials.start(0, study.size.rate).variables)
+    own = work.read(start)[1].by_neuron()
+    np.testing.assert_allclose(found["arrays"]["anger", 0]["untrained"], own, atol=1e-6)
+    np.testing.assert_array_equal(  # the vocabulary's first vectors, as the page says
+        start["delta"]["~soft_prompt"]["prompt"],
+        jax.device_get(work.programs.trials.start(1, study.size.rate).variables)["delta"]["~soft_prompt"][
+            "prompt"
+        ],
+    )
+    assert np.abs(own - found["arrays"]["anger", 0]["predictivity"]).max() > 0
+
+
 def test_effects_are_differences_of_accuracies(study, found):
     by_name = {(each.ranking, each.attribute): each for each in effects(study, found, 0.2)}
     one = by_name["prompts", "anger"]
