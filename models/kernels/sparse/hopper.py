@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..hopper.implementation import TYPES, no_hopper
-from ..request import PARTITIONED
 from .experts import Experts
 from .gradient import with_gathered_gradient
-from .request import SparseRequest
+from .request import SparseRequest, for_few_tokens
 
 ACTIVATIONS = ("relu", "relu2", "gelu_tanh", "silu", "sigmoid", "tanh")
 ROWS = 64  # tokens of one product of the tensor cores, padded
@@ -54,12 +53,8 @@ class SparseHopper:
         return None
 
     def unfit(self, request: SparseRequest) -> str | None:
-        """Tokens that together choose everything are better served by dense products."""
-        if request.partitioned:
-            return PARTITIONED
-        if request.tokens * request.share >= 1.0:
-            return f"{request.tokens} tokens may together choose the whole layer"
-        return None
+        """It is for few tokens."""
+        return for_few_tokens(request)
 
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
         """`[N, D]`; the backward pass is that of `gather`."""

@@ -1,18 +1,12 @@
 // The chosen experts of a few tokens on a CPU: each expert's rows are read once, for all tokens that chose it.
 // An XLA FFI call, compiled on the machine that asks for it (see native.py); float32.
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+#include <memory>
+#include <thread>
 #include <vector>
-
-#ifdef _OPENMP
-#include <omp.h>
-static int most_threads() { return omp_get_max_threads(); }
-static int thread() { return omp_get_thread_num(); }
-#else
-static int most_threads() { return 1; }
-static int thread() { return 0; }
-#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -31,6 +25,7 @@ static inline float activate(int64_t kind, float z) {
   }
 }
 
+// One sum: four of them over quarters of a row read memory in four places, which took 2.4 times as long.
 static inline float dot(const float* a, const float* b, int64_t width) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -38,63 +33,96 @@ static inline float dot(const float* a, const float* b, int64_t width) {
   return sum;
 }
 
-// Matrices are [E, n, D], biases [E, n]; what a layer lacks has no elements.
-static ffi::Error SparseFeedForward(Floats x, Floats up, Floats gate, Floats up_bias, Floats gate_bias,
-                                    Floats down, ffi::Buffer<ffi::S32> chosen, int64_t activation,
-                                    ffi::ResultBuffer<ffi::F32> out) {
+// Matrices are [E, n, D], biases [E, n]; a null pointer is what the layer lacks.
+struct Layer {
+  const float *x, *up, *gate, *up_bias, *gate_bias, *down;
+  int64_t width, size, activation;
+};
+
+// Adds the outputs of expert e to `sums [N, D]` of the tokens that chose it.
+static void add_expert(const Layer& layer, int64_t e, const std::vector<int32_t>& users, float* sums) {
+  const int64_t width = layer.width;
+  for (int64_t n = e * layer.size; n < (e + 1) * layer.size; ++n)
+    for (const int32_t t : users) {
+      const float* row = layer.x + t * width;
+      float value = dot(row, layer.up + n * width, width) + (layer.up_bias ? layer.up_bias[n] : 0);
+      if (layer.gate) {
+        const float z = dot(row, layer.gate + n * width, width) + (layer.gate_bias ? layer.gate_bias[n] : 0);
+        value *= activate(layer.activation, z);
+      } else {
+        value = activate(layer.activation, value);
+      }
+      if (value == 0) continue;  // a silent neuron's second row is not read
+      const float* back = layer.down + n * width;
+      float* sum = sums + t * width;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) sum[i] += value * back[i];
+    }
+}
+
+// Experts in parts, each with its own sums, which are added in order: the same bits whichever thread does what.
+// A part is done by who takes it first; the caller takes parts too, so that it waits only for those begun.
+struct Job {
+  Layer layer;
+  int64_t tokens;
+  std::vector<std::vector<int32_t>> users;  // tokens by expert
+  std::vector<int32_t> used;                // experts that any token chose
+  std::vector<std::vector<float>> sums;     // [N, D] of each part
+  std::atomic<int64_t> next{0}, done{0};
+
+  void work() {
+    const int64_t parts = sums.size(), count = used.size();
+    for (int64_t p; (p = next.fetch_add(1)) < parts; done.fetch_add(1, std::memory_order_release)) {
+      sums[p].assign(tokens * layer.width, 0.0f);
+      for (int64_t u = p * count / parts; u < (p + 1) * count / parts; ++u)
+        add_expert(layer, used[u], users[used[u]], sums[p].data());
+    }
+  }
+};
+
+static const float* values(const Floats& given) { return given.element_count() ? given.typed_data() : nullptr; }
+
+constexpr int64_t PARTS = 4;       // of each thread
+constexpr int64_t GRAIN = 1 << 16;  // multiplications that are worth a further thread
+
+static ffi::Error SparseFeedForward(ffi::ThreadPool pool, Floats x, Floats up, Floats gate, Floats up_bias,
+                                    Floats gate_bias, Floats down, ffi::Buffer<ffi::S32> chosen,
+                                    int64_t activation, ffi::ResultBuffer<ffi::F32> out) {
   const int64_t tokens = x.dimensions()[0], width = x.dimensions()[1];
   const int64_t experts = up.dimensions()[0], size = up.dimensions()[1], picked = chosen.dimensions()[1];
-  const bool gated = gate.element_count(), biased = up_bias.element_count(), gate_biased = gate_bias.element_count();
-  const float *in = x.typed_data(), *ups = up.typed_data(), *gates = gate.typed_data(), *downs = down.typed_data();
-  const float *up_shift = up_bias.typed_data(), *gate_shift = gate_bias.typed_data();
-
-  std::vector<std::vector<int32_t>> users(experts);
+  auto job = std::make_shared<Job>();  // a thread that comes too late still looks at it
+  job->layer = {x.typed_data(), up.typed_data(), values(gate), values(up_bias), values(gate_bias),
+                down.typed_data(), width, size, activation};
+  job->tokens = tokens;
+  job->users.resize(experts);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t j = 0; j < picked; ++j) {
       const int32_t e = chosen.typed_data()[t * picked + j];
       if (e < 0 || e >= experts) return ffi::Error::InvalidArgument("an expert's number is out of range");
-      users[e].push_back(static_cast<int32_t>(t));
+      job->users[e].push_back(static_cast<int32_t>(t));
     }
-  std::vector<int32_t> used;
   for (int64_t e = 0; e < experts; ++e)
-    if (!users[e].empty()) used.push_back(static_cast<int32_t>(e));
+    if (!job->users[e].empty()) job->used.push_back(static_cast<int32_t>(e));
 
-  // Each thread has its own experts and its own sums, which are added in order: the same bits every time.
-  std::vector<std::vector<float>> sums(most_threads());
-#pragma omp parallel
-  {
-    std::vector<float>& own = sums[thread()];
-    own.assign(tokens * width, 0.0f);
-#pragma omp for schedule(static)
-    for (int64_t u = 0; u < static_cast<int64_t>(used.size()); ++u) {
-      const int64_t e = used[u];
-      for (int64_t n = e * size; n < (e + 1) * size; ++n)
-        for (const int32_t t : users[e]) {
-          const float* row = in + t * width;
-          float value = dot(row, ups + n * width, width) + (biased ? up_shift[n] : 0);
-          if (gated) {
-            const float z = dot(row, gates + n * width, width) + (gate_biased ? gate_shift[n] : 0);
-            value *= activate(activation, z);
-          } else {
-            value = activate(activation, value);
-          }
-          if (value == 0) continue;  // a silent neuron's second row is not read
-          const float* back = downs + n * width;
-          float* sum = own.data() + t * width;
-#pragma omp simd
-          for (int64_t i = 0; i < width; ++i) sum[i] += value * back[i];
-        }
-    }
-  }
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), used = job->used.size();
+  const int64_t parts = std::min(used, PARTS * threads);
+  job->sums.resize(parts);
+  const int64_t worth = tokens * picked * size * width * (job->layer.gate ? 3 : 2) / GRAIN;
+  for (int64_t helper = std::min({threads - 1, parts - 1, worth}); helper > 0; --helper)
+    pool.Schedule([job] { job->work(); });
+  job->work();
+  while (job->done.load(std::memory_order_acquire) < parts) std::this_thread::yield();
+
   float* total = out->typed_data();
-  std::memset(total, 0, sizeof(float) * tokens * width);
-  for (const auto& own : sums)
+  std::fill(total, total + tokens * width, 0.0f);
+  for (const auto& own : job->sums)
     for (size_t i = 0; i < own.size(); ++i) total[i] += own[i];
   return ffi::Error::Success();
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(modicum_sparse_feed_forward, SparseFeedForward,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()

@@ -33,16 +33,16 @@ logger = logging.getLogger("modicum.kernels")
 
 TARGET = "modicum_sparse_feed_forward"
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-ffp-contract=fast")
 ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")  # in the order of native.cpp
-MOST_TOKENS = 16
+MOST_TOKENS = {1 / 3: 128, 0.5: 16, 1.0: 2}  # by the largest share of neurons: docs/sparsity.md
 
 
 @dataclasses.dataclass(frozen=True)
 class Native:
     """Reads each chosen expert once, for all tokens that chose it, and skips the rows of silent neurons.
 
-    Each thread has a fixed part of the experts, and their sums are added in order: the same bits every time.
+    XLA's own threads do it. Experts come in parts whose sums are added in order: the same bits every time.
     """
 
     name: str = "native"
@@ -67,8 +67,9 @@ class Native:
             return "it is not compiled yet: impl='native' does so"
         if reason := _not_loaded():
             return reason
-        if request.tokens > MOST_TOKENS:
-            return f"{request.tokens} tokens are more than {MOST_TOKENS}"
+        most = next(tokens for share, tokens in MOST_TOKENS.items() if request.share <= share)
+        if request.tokens > most:
+            return f"{request.tokens} tokens of {request.share:.0%} of the neurons each are more than {most}"
         return None
 
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:

@@ -8,7 +8,7 @@ from typing import Protocol
 import jax
 from jax import Array
 
-from ..request import partitioned, platform
+from ..request import PARTITIONED, partitioned, platform
 from .experts import Experts
 
 
@@ -57,6 +57,18 @@ class SparseImplementation(Protocol):
 
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
         """x `[N, D]` and chosen `[N, k]` to `[N, D]`, without the bias of `down`; differentiable."""
+
+
+def for_few_tokens(request: SparseRequest) -> str | None:
+    """None, or why kernels that read the chosen experts' rows and nothing else are not for this request.
+
+    Tokens that together choose as much as the whole layer are better served by dense products.
+    """
+    if request.partitioned:
+        return PARTITIONED
+    if request.tokens * request.share >= 1.0:
+        return f"{request.tokens} tokens may together choose the whole layer"
+    return None
 
 
 def sparse_request(x: Array, experts: Experts, chosen: Array) -> SparseRequest:

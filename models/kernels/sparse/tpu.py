@@ -13,10 +13,9 @@ from typing import Any
 
 from jax import Array
 
-from ..request import PARTITIONED
 from .experts import Experts
 from .gradient import with_gathered_gradient
-from .request import SparseRequest
+from .request import SparseRequest, for_few_tokens
 
 LANES = 128
 ROWS = {"float32": 8, "bfloat16": 16}  # of a tile of registers
@@ -51,12 +50,8 @@ class SparseTpu:
         return None
 
     def unfit(self, request: SparseRequest) -> str | None:
-        """Tokens that fetch their own experts read more than the dense layer does once for all of them."""
-        if request.partitioned:
-            return PARTITIONED
-        if request.tokens * request.share >= 1.0:
-            return f"{request.tokens} tokens together read more than the whole layer"
-        return None
+        """It is for few tokens, each of which fetches its own experts."""
+        return for_few_tokens(request)
 
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
         """`[N, D]`; the backward pass is that of `gather`."""

@@ -178,13 +178,18 @@ def asked(**changes):
 def test_few_tokens_gather_and_many_are_masked(uncompiled, monkeypatch):
     assert chosen_for() == "gather"
     assert chosen_for(tokens=512) == chosen_for(chosen=64) == "mask"
+    assert chosen_for(tokens=8) == chosen_for(tokens=4, chosen=26) == "gather"
+    assert chosen_for(tokens=16) == chosen_for(tokens=8, chosen=26) == chosen_for(chosen=128) == "mask"
+    assert chosen_for(tokens=4, platform="gpu") == "mask", "on others, where copies go through memory"
     library().parent.mkdir(parents=True)
     library().touch()  # as if it had been compiled
     monkeypatch.setattr(native, "register", register.__wrapped__)
     assert "cannot be loaded" in Native().unfit(asked())
     assert chosen_for() == "gather"
     monkeypatch.setattr(native, "register", lambda: None)
-    assert chosen_for() == chosen_for(chosen=64) == "native"
+    assert chosen_for() == chosen_for(chosen=64) == chosen_for(tokens=128, chosen=38) == "native"
+    assert chosen_for(tokens=129) == chosen_for(tokens=17, chosen=64) == "mask"
+    assert chosen_for(tokens=3, chosen=96) == "mask" and chosen_for(tokens=2, chosen=96) == "native"
     assert chosen_for(tokens=512) == chosen_for(partitioned=True, chosen=64) == "mask"
     assert choose(asked(tokens=512), "gather").name == "gather"
     with pytest.raises(InputError, match=r"impl='none' is unknown; valid are auto, .*gather"):
