@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..research.sparsity.moefication import Moefied
 from ..research.sparsity.relufication import Relufied
 from ..research.sparsity.statistics import ActivationStatistics
 from ..research.sparsity.storage import save_statistics
+from ..research.sparsity.survey import Surveyed
 from ..research.study.figures import Axis, Line, bar_plot, cdf_plot, line_plot
 from ..research.study.report import Card, Figure, Report, Section
 from ..research.study.tables import Table
@@ -26,30 +27,29 @@ LAYERS = 8  # that are drawn, evenly spread
 
 @dataclass(frozen=True)
 class Measured:
-    """Statistics by data set, mass over all of them, and what was made of the model.
+    """What was found by data set, and what was made of the model.
 
     With a relufied model these are of that one; `was` are the statistics of the model it was made from.
     """
 
     name: str
-    parts: Mapping[str, ActivationStatistics]
-    mass: Sequence[LayerMass]
+    surveys: Mapping[str, Surveyed]
     moefied: Moefied | None = None
     relufied: Relufied | None = None
     was: ActivationStatistics | None = None
 
-    @property
-    def whole(self) -> ActivationStatistics:
-        """The statistics over all data sets."""
-        return reduce(ActivationStatistics.merge, self.parts.values())
+    @cached_property
+    def all(self) -> Surveyed:
+        """What was found over all data sets."""
+        return reduce(Surveyed.merge, self.surveys.values())
 
     @property
     def tables(self) -> dict[str, Table]:
         """The tables by the names of their files."""
-        whole = self.whole
-        tables = {"activation": activation_table(whole), "mass": mass_table(self.mass)}
-        if len(self.parts) > 1:
-            tables["data"] = data_table(self.parts)
+        whole, mass = self.all
+        tables = {"activation": activation_table(whole), "mass": mass_table(mass)}
+        if len(self.surveys) > 1:
+            tables["data"] = data_table({name: one.active for name, one in self.surveys.items()})
         if whole.layers[0].together is not None:
             tables["pairs"] = pairs_table(whole)
         if self.relufied is not None:
@@ -63,7 +63,7 @@ class Measured:
 
 def write_measured(folder: Path | None, measured: Measured) -> str:
     """The tables as text; with `folder` also as files there, with the statistics and `report.html`."""
-    tables, found = measured.tables, measured.whole
+    tables, found = measured.tables, measured.all.active
     if folder is not None:
         for label, table in tables.items():
             table.write(folder / "tables", label)
@@ -139,7 +139,8 @@ def activation_table(found: ActivationStatistics) -> Table:
     """A row a layer: which share of the neurons is active."""
     what = "of a size above" if found.sizes else "above"
     caption = f"Active: {what} {found.threshold:g}; {found.layers[0].tokens:,} tokens."
-    return _table(found.rows(), caption)
+    rows = [{name: value for name, value in row.items() if name != "tokens"} for row in found.rows()]
+    return _table(rows, caption)
 
 
 def mass_table(mass: Sequence[LayerMass]) -> Table:
@@ -164,11 +165,11 @@ def moefied_table(made: Moefied) -> Table:
 
 def page(measured: Measured, tables: Mapping[str, Table]) -> Report:
     """The page with all of it."""
-    found = measured.whole
+    found = measured.all.active
     first = [tables[name] for name in ("activation", "data") if name in tables]
     sections = [
         Section("Which neurons fire", (), first, activation_figures(found)),
-        Section("How mass is spread", (), [tables["mass"]], [mass_figure(measured.mass)]),
+        Section("How mass is spread", (), [tables["mass"]], [mass_figure(measured.all.mass)]),
     ]
     if "pairs" in tables:
         sections.append(Section("Which fire together", (), [tables["pairs"]], []))
@@ -180,8 +181,8 @@ def page(measured: Measured, tables: Mapping[str, Table]) -> Report:
         figures = [moefied_figure(measured.moefied)]
         sections.append(Section("In experts", (), [tables["moefied"]], figures))
     return Report(
-        title=f"Activation sparsity of {measured.name}",
-        summary="Measured on real tokens of the given texts, layer by layer.",
+        title="Activation sparsity",
+        summary=f"{measured.name}, layer by layer, on {', '.join(measured.surveys)}.",
         cards=[
             Card("Active", f"{found.active_ratio:.1%}", "of the neurons, on the mean token"),
             Card("Below 5%", f"{found.fraction_of_inputs_below(0.05):.1%}", "of (token, layer) pairs"),
@@ -194,7 +195,8 @@ def page(measured: Measured, tables: Mapping[str, Table]) -> Report:
 def activation_figures(found: ActivationStatistics) -> list[Figure]:
     """The distribution over tokens, how often each neuron fires, and a bar a layer."""
     shown = _drawn(found.layers)
-    ratios = np.linspace(0.0, 1.0, 101)
+    most = max(layer.ratios[np.flatnonzero(layer.histogram)[-1]] for layer in shown)
+    ratios = np.linspace(0.0, min(1.0, 1.05 * most), 201)
     curves = [
         Line(
             _short(layer.name),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,9 @@ from .options import UNLIMITED_LENGTH, refuse_unused
 from .relufy import Cut, RelufyOptions
 
 if TYPE_CHECKING:
+    from ...parallel.layout import Layout
     from ...research.sparsity.moefication import Moefication, Moefied
+    from ...research.sparsity.survey import Surveyed
     from .language_models import LanguageModel
 
 ROWS = 32  # that are read at once
@@ -48,6 +50,8 @@ class Sparsity:
     """What the activation function returns, or what a gated layer's last product takes."""
     pairs: bool = False
     """Count also which two neurons fire together: a square of numbers for each layer."""
+    mesh: str = ""
+    """Devices along each axis to measure on, such as data=4,tensor=2; empty: the first device."""
     relufying: RelufyOptions = field(default_factory=RelufyOptions)
     moefy: str = ""
     """The share of the neurons that each token shall use, such as 20%."""
@@ -68,11 +72,32 @@ class Sparsity:
 
     def run(self) -> int:
         """Print the tables, and write what was asked for."""
-        from ...research.sparsity.mass import measure_mass
         from ...research.sparsity.statistics import Counter
         from ..sparsity_report import Measured, write_measured
         from .compilation import cache_compilations
 
+        wanted, layout = self._checked()
+        cache_compilations()
+        speaker = self._open()
+        texts = {name: self._cut(speaker, name) for name in self.data}
+        batches = {name: self._batches(speaker, cut) for name, cut in texts.items()}
+        every = [batch for own in batches.values() for batch in own]
+        relufied = was = None
+        if self.relufying.relufy:
+            was = Counter(speaker.model, self._sites, self.threshold, self.sizes).measure(
+                speaker.params, every
+            )
+            speaker, relufied = self.relufying.train(speaker, texts.values(), self.seed)
+        found = self._surveyed(speaker, batches, layout)
+        moefied = None if wanted is None else self._convert(speaker, every, wanted)
+        print(write_measured(self.out, Measured(self.model, found, moefied, relufied, was)))
+        if moefied is not None or relufied is not None:
+            self._save(speaker, moefied)
+            print(f"the converted model is in {self._out() / 'model'}")
+        return 0
+
+    def _checked(self) -> tuple[Moefication | None, Layout]:
+        """What is to be made, and where it is measured; refuses what can be before anything is read."""
         if not self.data:
             raise InputError("--data names no data; give at least one")
         require_different(self.data)
@@ -81,26 +106,42 @@ class Sparsity:
         if self.relufying.relufy:
             self._out()
             self.relufying.wanted(self.seed)
-        cache_compilations()
-        speaker = self._open()
-        texts = {name: self._cut(speaker, name) for name in self.data}
-        batches = {name: self._batches(speaker, cut) for name, cut in texts.items()}
-        every = [batch for own in batches.values() for batch in own]
-        names = (f"mlp/{self.site}",)
-        relufied = was = None
-        if self.relufying.relufy:
-            was = Counter(speaker.model, names, self.threshold, self.sizes).measure(speaker.params, every)
-            speaker, relufied = self.relufying.train(speaker, texts.values(), self.seed)
-        counter = Counter(speaker.model, names, self.threshold, self.sizes, self.pairs)
-        parts = {name: counter.measure(speaker.params, own) for name, own in batches.items()}
-        mass = measure_mass(speaker.model, speaker.params, every, names=names)
-        moefied = None if wanted is None else self._convert(speaker, every, wanted)
-        found = Measured(self.model, parts, mass, moefied, relufied, was)
-        print(write_measured(self.out, found))
-        if moefied is not None or relufied is not None:
-            self._save(speaker, moefied)
-            print(f"the converted model is in {self._out() / 'model'}")
-        return 0
+        return wanted, self._layout()
+
+    @property
+    def _sites(self) -> tuple[str, ...]:
+        return (f"mlp/{self.site}",)
+
+    def _surveyed(
+        self, speaker: LanguageModel, batches: Mapping[str, Sequence[Any]], layout: Layout
+    ) -> dict[str, Surveyed]:
+        """What is found in each source, parameters and rows lying where `layout` says."""
+        import jax
+
+        from ...models.placement import placed
+        from ...research.sparsity.statistics import Counter
+        from ...research.sparsity.survey import Survey
+
+        survey = Survey(Counter(speaker.model, self._sites, self.threshold, self.sizes, self.pairs))
+        measure = placed(survey.measure, layout)
+        params = jax.device_put(speaker.params, layout.parameters(speaker.params, speaker.model.axes))
+        return {name: measure(params, map(layout.place, own)) for name, own in batches.items()}
+
+    def _layout(self) -> Layout:
+        """Where parameters and rows lie while they are measured."""
+        from ...parallel.layout import Layout
+        from ...parallel.mesh import MeshShape, make_mesh
+
+        if not self.mesh:
+            return Layout.single()
+        if self.moefy or self.relufying.relufy:
+            asked = "--moefy" if self.moefy else "--relufy"
+            raise InputError(
+                f"{asked} computes on one device; leave out --mesh, which is for measuring alone"
+            )
+        layout = Layout(make_mesh(MeshShape.parse(self.mesh)))
+        layout.local_rows(ROWS)  # refuses a mesh over which they do not divide
+        return layout
 
     def _wanted(self) -> Moefication | None:
         if not self.moefy:

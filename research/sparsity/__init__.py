@@ -1,11 +1,12 @@
 """Activation sparsity: measuring which neurons fire, and computing only those that are expected to.
 
 Rooms: `statistics` (counts per layer, neuron and pair, streamed), `coactivation` (what pairs say), `mass`
-(how activation mass is spread), `layers` (values of scanned layers one by one), `storage` (statistics in a
-file), `thresholds` (training-free).
+(how activation mass is spread), `survey` (counts and mass in one pass), `layers` (values of scanned layers
+one by one), `storage` (statistics in a file), `thresholds` (training-free).
 Conversion to experts: `moefication` joins `feed_forward` (layers taken out of a model, and what they read),
 `partitions` (constructions, by `balanced` k-means or `graph` partition), `routing` (routers) and `quality`
-(what a choice keeps). `relufication` changes the activation function and trains on.
+(what a choice keeps). `relufication` changes the activation function and trains on, a body without a head by
+`hidden_distillation`.
 """
 
 from .coactivation import coactivation_rows, correlation
@@ -22,6 +23,7 @@ from .statistics import (
     transformer_inputs,
 )
 from .storage import load_statistics, save_statistics
+from .survey import Survey, Surveyed
 from .thresholds import Thresholds, find_thresholds
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
     "Moefication",
     "Moefied",
     "Shuffled",
+    "Survey",
+    "Surveyed",
     "Thresholds",
     "coactivation_rows",
     "correlation",

@@ -25,6 +25,7 @@ from .statistics import Batch, real_tokens, transformer_inputs
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 HELD = 0.9
+Sums = dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,16 @@ class LayerMass:
     held: np.ndarray
     needed: float
     effective: float
+
+    def merge(self, other: LayerMass) -> LayerMass:
+        """The means over both sets of tokens."""
+        tokens = self.tokens + other.tokens
+        part = self.tokens / tokens
+        held, needed, effective = (
+            part * getattr(self, name) + (1 - part) * getattr(other, name)
+            for name in ("held", "needed", "effective")
+        )
+        return LayerMass(self.name, self.width, tokens, held, needed, effective)
 
 
 def measure_mass(
@@ -59,15 +70,26 @@ def measure_mass(
     @jax.jit
     def count(params: Mapping[str, Any], batch: Batch) -> dict[str, dict[str, jax.Array]]:
         args, kwargs = transformer_inputs(batch)
-        sums = partial(_sums, batch)
+        sums = partial(mass_sums, batch)
         return run_with_cache(model, params, *args, names=patterns, reduce=sums, **kwargs)[1]
 
-    total: dict[str, dict[str, np.ndarray]] = {}
+    total: Sums = {}
     for batch in batches:
-        for name, one in unstacked(jax.device_get(count(params, dict(batch)))):
-            wide = {key: np.asarray(value, np.float64) for key, value in one.items()}
-            old = total.get(name)
-            total[name] = wide if old is None else {key: old[key] + wide[key] for key in wide}
+        total = added(total, jax.device_get(count(params, dict(batch))))
+    return mass_of(total)
+
+
+def added(total: Sums, found: Mapping[str, Mapping[str, np.ndarray]]) -> Sums:
+    """`total`, which may be empty, with the `mass_sums` of a further batch, by layer."""
+    wide = {name: jax.tree.map(np.float64, one) for name, one in unstacked(found)}
+    return {
+        name: {key: one[key] + total[name][key] for key in one} if name in total else one
+        for name, one in wide.items()
+    }
+
+
+def mass_of(total: Sums) -> tuple[LayerMass, ...]:
+    """The means that sums over batches give; raises `InputError` where no token has any mass."""
     if not total or any(int(one["tokens"]) == 0 for one in total.values()):
         raise InputError("no token of any batch has an activation that is not 0")
     return tuple(_layer(name, one) for name, one in total.items())
@@ -87,7 +109,8 @@ def mass_rows(layers: Sequence[LayerMass]) -> list[dict[str, Any]]:
     ]
 
 
-def _sums(batch: Batch, path: str, value: jax.Array) -> dict[str, jax.Array]:
+def mass_sums(batch: Batch, path: str, value: jax.Array) -> dict[str, jax.Array]:
+    """What is kept of a batch's activations `[..., F]` at a site: sums over its real tokens."""
     width = value.shape[-1]
     real = jnp.broadcast_to(real_tokens(batch, path), value.shape[:-1]).reshape(-1)
     sizes = jnp.abs(value.astype(jnp.float32)).reshape(-1, width)

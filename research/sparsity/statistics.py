@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
@@ -227,9 +227,7 @@ class Counter:
 
         @jax.jit
         def count(params: Mapping[str, Any], batch: Batch) -> dict[str, dict[str, jax.Array]]:
-            def reduce(path: str, value: jax.Array) -> dict[str, jax.Array]:
-                return self._reduced(value, (self.real or real_tokens)(batch, path))
-
+            reduce = partial(self.reduced, batch)
             args, kwargs = (self.inputs or transformer_inputs)(batch)
             return run_with_cache(self.model, params, *args, names=self.names, reduce=reduce, **kwargs)[1]
 
@@ -239,14 +237,19 @@ class Counter:
         """The statistics over all of `batches`, as `measure` returns them."""
         total: ActivationStatistics | None = None
         for batch in batches:
-            layers = _layers(jax.device_get(self.count(params, dict(batch))))
-            seen = ActivationStatistics(layers, self.threshold, self.sizes)
-            total = seen if total is None else total.merge(seen)
-        if total is None:
-            raise InputError("no batches to measure activations on")
-        for layer in total.layers:
-            _require_counted(layer)
-        return total
+            total = self.added(total, jax.device_get(self.count(params, dict(batch))))
+        return counted(total)
+
+    def reduced(self, batch: Batch, path: str, value: jax.Array) -> dict[str, jax.Array]:
+        """What is kept of a batch's activations `[..., F]` at a site."""
+        return self._reduced(value, (self.real or real_tokens)(batch, path))
+
+    def added(
+        self, total: ActivationStatistics | None, counts: dict[str, dict[str, np.ndarray]]
+    ) -> ActivationStatistics:
+        """`total`, if there is any yet, with what was kept of a further batch."""
+        seen = ActivationStatistics(_layers(counts), self.threshold, self.sizes)
+        return seen if total is None else total.merge(seen)
 
     def _reduced(self, value: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
         """What is kept of activations `[..., F]`; sums are per neuron, so that 32 bits hold a batch's."""
@@ -293,6 +296,15 @@ def measure(
     patterns = (names,) if isinstance(names, str) else tuple(names)
     counter = Counter(model, patterns, threshold, sizes, together, inputs, real)
     return counter.measure(params, batches)
+
+
+def counted(total: ActivationStatistics | None) -> ActivationStatistics:
+    """`total`; raises `InputError` where nothing was counted, or what is not finite."""
+    if total is None:
+        raise InputError("no batches to measure activations on")
+    for layer in total.layers:
+        _require_counted(layer)
+    return total
 
 
 def _require_counted(layer: LayerStatistics) -> None:

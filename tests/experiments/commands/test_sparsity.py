@@ -53,6 +53,16 @@ def test_neurons_are_measured_and_nothing_is_written_unasked(modicum, model):
     assert sorted(model.rglob("*")) == before
 
 
+def test_a_mesh_measures_the_same(modicum, model):
+    given = ("sparsity", model / "model", "--data", model / "texts.jsonl", *SMALL)
+    there = modicum(*given, "--mesh", "data=8")
+    assert there.code == 0, there.error
+    counts = [
+        [line for line in said.out.splitlines() if "mlp/act" in line] for said in (modicum(*given), there)
+    ]
+    assert len(counts[0]) == 4 and counts[0] == counts[1]
+
+
 def test_a_converted_model_is_measured_and_generates(modicum, model, tmp_path):
     out = tmp_path / "out"
     said = modicum(
@@ -113,6 +123,11 @@ def test_all_experts_generate_what_the_dense_model_does(modicum, model, tmp_path
             "activation 'gelu' is unknown; valid: relu, relu2, drelu, fatrelu:0.1, topk:32, statistical-topk",
         ),
         (("--relufy", 2, "--price", -1, "--out", "x"), "prices [0.0, -1.0] must be finite and at least 0"),
+        (
+            ("--moefy", "50%", "--mesh", "data=2", "--out", "x"),
+            "--moefy computes on one device; leave out --mesh",
+        ),
+        (("--mesh", "data=3"), "mesh data=3 needs 3 devices, 8 are here"),
         (("--neurons", 8, "--rank", 4), "--neurons and --rank given, but nothing is cut into experts"),
         (
             ("--moefy", "50%", "--rank", 4, "--out", "x"),

@@ -15,6 +15,7 @@ from modicum.models.placement import placed
 from modicum.parallel import Layout, MeshShape, make_mesh
 from modicum.research.sparsity import (
     Counter,
+    Survey,
     coactivation,
     coactivation_rows,
     correlation,
@@ -141,6 +142,32 @@ def test_a_threshold_falls_between_what_was_planted_small_and_large():
     level = float(find_thresholds(Wrapped(), {}, [batch], 0.1, ["act"]).values["act"])
     assert 0.25 < level <= 4.0
     assert float(find_thresholds(Wrapped(), {}, [batch], 0.5, ["act"]).values["act"]) <= 0.25
+
+
+def test_a_survey_is_both_measures_in_one_pass():
+    values = planted().astype(np.float32)
+    batches = [
+        {"tokens": part, "segments": np.ones((1, TOKENS // 2), int)} for part in np.split(values, 2, 1)
+    ]
+    passes = []
+
+    class Watched(Wrapped):
+        def apply(self, *args, **kwargs):
+            passes.append(1)
+            return super().apply(*args, **kwargs)
+
+    survey = Survey(Counter(Watched(), ("act",), sizes=True, together=True))
+    parts = [survey.measure({}, [batch]) for batch in batches]
+    assert len(passes) == 1  # traced once for both batches and both measures
+    found = parts[0].merge(parts[1])
+    options = {"names": "act", "sizes": True, "together": True}
+    [layer], [wanted] = found.active.layers, measure(Wrapped(), {}, batches, **options).layers
+    for name in ("active", "histogram", "together", "total"):
+        np.testing.assert_array_equal(getattr(layer, name), getattr(wanted, name))
+    [mass], [alone] = found.mass, measure_mass(Wrapped(), {}, batches, names="act")
+    np.testing.assert_allclose(mass.held, alone.held, rtol=1e-6)
+    assert (mass.tokens, mass.width) == (alone.tokens, alone.width)
+    assert (mass.needed, mass.effective) == pytest.approx((alone.needed, alone.effective))
 
 
 class Wrapped(nn.Module):

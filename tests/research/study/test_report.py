@@ -148,3 +148,11 @@ def test_a_study_skips_what_is_finished_and_reports_what_failed(tmp_path):
     table = write_tables(tmp_path, "accuracy", results, ["method"], ["accuracy"])
     assert table.rows[0][1].mean == pytest.approx(0.6)
     assert (tmp_path / "accuracy.md").exists() and (tmp_path / "accuracy.csv").exists()
+
+
+def test_stressed_words_of_a_caption_are_markdown_in_tables_and_italics_on_a_page():
+    table = Table(("a <b>",), ((1,),), "*Held out*: rows & 2 * 3 < 7; *by chance* about it.")
+    html = Report("Title", sections=[Section("One", (), [table])]).html()
+    assert (
+        "<caption><em>Held out</em>: rows &amp; 2 * 3 &lt; 7; <em>by chance</em> about it.</caption>" in html
+    )
