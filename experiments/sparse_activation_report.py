@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -120,15 +121,26 @@ def step_table(results: Results) -> Table:
     """A row for each kind of data: the active share on the way."""
     found = trainings(results)
     steps = [one["step"] for one in found[0]["steps"]]
+    shown = apart(steps)
     rows: list[tuple[Cell, ...]] = []
     for (data,), runs in grouped(found, "data").items():
         series = zip(*([one["active"] for one in run["steps"]] for run in runs), strict=True)
-        rows.append((data, *(Measured.of([100 * value for value in values]) for values in series)))
+        means = [Measured.of([100 * value for value in values]) for values in series]
+        rows.append((data, *(means[place] for place in shown)))
     caption = (
         "Active neurons in %, of the base decoder, after so many steps, by what it is trained and measured "
         "on: text, text with targets drawn evenly from the vocabulary, and such inputs and targets."
     )
-    return Table(("trained on", *(f"step {step}" for step in steps)), tuple(rows), caption)
+    return Table(("trained on", *(f"step {steps[place]}" for place in shown)), tuple(rows), caption)
+
+
+def apart(steps: Sequence[int]) -> list[int]:
+    """The places of steps to show: not one that the last, where training ends, follows at once."""
+    return [
+        place
+        for place, step in enumerate(steps)
+        if step == steps[-1] or steps[-1] - step >= (steps[1] - steps[0]) / 2
+    ]
 
 
 def induced_table(results: Results) -> Table:
@@ -158,11 +170,11 @@ def figures(results: Results) -> dict[str, str]:
     sizes = natural(results)
     share, inputs = Axis("share of a layer's neurons that is active"), Axis("share of inputs at or below")
     curves = [
-        Line(f"D {d}, {n} layers, F {f}", GRID.tolist(), [run["cumulative"] for run in runs])
+        Line(decoder_name(d, n, f), GRID.tolist(), [run["cumulative"] for run in runs])
         for (d, n, f), runs in by_size(sizes)
     ]
     often = [
-        Line(f"D {d}, {n} layers, F {f}", run_mean(runs, "frequency"), [GRID.tolist()])
+        Line(decoder_name(d, n, f), run_mean(runs, "frequency"), [GRID.tolist()])
         for (d, n, f), runs in by_size(sizes)
     ]
     course = [
@@ -184,6 +196,11 @@ def figures(results: Results) -> dict[str, str]:
         ),
     }
     return drawn | widths_figure(results)
+
+
+def decoder_name(width: int, layers: int, neurons: int) -> str:
+    """What a figure calls a size."""
+    return f"D {width}, {layers} layer{'s' * (layers > 1)}, F {neurons}"
 
 
 def widths_figure(results: Results) -> dict[str, str]:

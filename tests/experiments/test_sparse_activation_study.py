@@ -7,7 +7,7 @@ import pytest
 
 from modicum import InputError
 from modicum.experiments.sparse_activation import SIZES, Decoder, Study, sweep
-from modicum.experiments.sparse_activation_report import introduction, write_sparse_activation
+from modicum.experiments.sparse_activation_report import apart, introduction, write_sparse_activation
 from modicum.experiments.sparse_activation_verdicts import verdicts
 from modicum.experiments.sparse_activation_work import GRID, Noise
 from modicum.models import GatedMLP, StatisticalTopK, TopK
@@ -95,6 +95,11 @@ def test_statements_say_on_how_many_seeds_they_stand():
     assert "8: 10.0%; 2 seeds)" in verdicts([*both, deep, {**deep, "seed": 1}])
     for line in verdicts([*both, deep, cell(activation=TopK(8))]).splitlines():
         assert "seed" in line
+
+
+def test_a_step_just_before_the_last_is_not_shown():
+    assert apart([0, 133, 266, 399, 532, 665, 798, 800]) == [0, 1, 2, 3, 4, 5, 7]
+    assert apart([0, 50, 100]) == [0, 1, 2] and apart([0, 4]) == [0, 1]
 
 
 def test_the_base_is_found_by_its_values_and_missed_in_one_line(smoke, tmp_path):
