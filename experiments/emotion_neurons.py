@@ -44,7 +44,7 @@ from ..research.training.trials import HEAD
 from .delta_methods import Backbone
 from .emotion_tasks import Emotions
 from .skill_neurons_cells import balanced_accuracy, top_neurons
-from .skill_neurons_work import ARRAYS, ROWS, Programs, Work
+from .skill_neurons_work import ARRAYS, Programs, Work, read_at_once
 
 REVISION = 2
 ATTRIBUTES = ("valence", "anger", "sadness", "surprise")
@@ -162,11 +162,12 @@ class Study:
         """An emotion's texts with the shared programs; states are of texts that are the same for all."""
         rows = self.emotions.task(name, self.size)
         read = self.emotions.balanced("train", name, self.size.read_rows)
-        return Work(rows, self.programs, read, self._common)
+        return Work(rows, self.programs, read, self._common, read_at_once(self.size))
 
     @cached_property
     def _common(self) -> Mapping[str, np.ndarray]:
-        return next(iter(evaluation_batches(self.emotions.spread("dev", ROWS), ROWS)))
+        count = read_at_once(self.size)
+        return next(iter(evaluation_batches(self.emotions.spread("dev", count), count)))
 
     def arrays(self, name: str, seed: int) -> dict[str, np.ndarray]:
         """What the trial of an emotion and seed stored."""
@@ -205,7 +206,7 @@ class Study:
         }
         save_file({key: np.ascontiguousarray(value) for key, value in stored.items()}, folder / ARRAYS)
         truth = work.truth(work.rows.test)
-        chosen = trials.score(trial, work.rows.test, ROWS).chosen
+        chosen = trials.score(trial, work.rows.test, work.batch).chosen
         return {
             "texts": self.emotions.count("train", name),
             "test_texts": len(truth),
@@ -223,7 +224,7 @@ class Study:
         means = []
         for each in self.names:
             rows = self.emotions.of("train", each, self.size.read_rows // 2)
-            means.append(spread(params, evaluation_batches(rows, ROWS))[0][:, 0])
+            means.append(spread(params, evaluation_batches(rows, read_at_once(self.size)))[0][:, 0])
         save_file({"concepts": np.stack(means)}, folder / ARRAYS)
         return {"emotions": list(self.names)}
 

@@ -38,7 +38,7 @@ def trial(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
         trial = trials.advance(trial, batches, round(part * size.steps))
         if part < 1:
             settled.append(work.predictivity(work.variables_of(trial)))
-    chosen = trials.score(trial, work.rows.test, ROWS).chosen
+    chosen = trials.score(trial, work.rows.test, work.batch).chosen
     variables = work.variables_of(trial)
     thresholds, dev, test = work.read(variables)
     shuffled = work.shuffled(variables, thresholds, seed)

@@ -31,7 +31,7 @@ from ..research.neurons.relations import agreement, binary_cosine, cosine, matri
 from ..research.study.tables import Cell, Measured, Table
 from ..research.training.config import OptimizerConfig, TrainingConfig
 from ..research.training.trials import HEAD, Trials
-from .skill_neurons_work import ARRAYS, ROWS, Programs, Work
+from .skill_neurons_work import ARRAYS, Programs, Work
 
 if TYPE_CHECKING:
     from .skill_neurons import Study
@@ -92,7 +92,7 @@ def lora(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
     work, programs, size = study.work(name), study.deltas[name], study.size
     trial = programs.trials.start(seed, RATE)
     trial = programs.trials.advance(trial, Batches(work.rows.train, size.batch, seed), size.steps)
-    chosen = programs.trials.score(trial, work.rows.test, ROWS).chosen
+    chosen = programs.trials.score(trial, work.rows.test, work.batch).chosen
     variables = without_head(jax.device_get(trial.variables))
     arrays, probe = (variables, programs.params), programs.predictivity
     thresholds = probe.thresholds(arrays, work.batches(work.read_rows))

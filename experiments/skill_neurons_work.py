@@ -39,7 +39,7 @@ from .delta_tasks import Task, TaskRows
 
 PROMPT = "~soft_prompt"
 ARRAYS = "arrays.safetensors"
-ROWS = 32  # of a batch that is read
+ROWS = 32  # of a batch that is read, at most
 
 
 class Programs:
@@ -95,10 +95,11 @@ class Work:
     programs: Programs
     read_rows: Part
     common: Batch
+    batch: int = ROWS
 
     def batches(self, rows: Part) -> Iterator[Batch]:
         """All rows once."""
-        return evaluation_batches(rows, ROWS)
+        return evaluation_batches(rows, self.batch)
 
     def truth(self, rows: Part) -> np.ndarray:
         """The rows' labels."""
@@ -140,9 +141,9 @@ class Work:
     def shuffled(self, variables: Mapping[str, Any], thresholds: np.ndarray, seed: int) -> Accuracy:
         """Accuracies on dev with its labels in another order: there is nothing to find."""
         labels = np.random.default_rng(seed).permutation(self.truth(self.rows.dev)).astype(np.int32)
-        padded = np.concatenate([labels, np.repeat(labels[-1:], ROWS)])
+        size, padded = self.batch, np.concatenate([labels, np.repeat(labels[-1:], self.batch)])
         batches = [
-            {**batch, "label": padded[number * ROWS : (number + 1) * ROWS]}
+            {**batch, "label": padded[number * size : (number + 1) * size]}
             for number, batch in enumerate(self.batches(self.rows.dev))
         ]
         return self.programs.predictivity.accuracy(self.arrays(variables), batches, thresholds)
@@ -176,10 +177,15 @@ class Works:
                     self._backbone, len(rows.labels), example, size.steps, size.prompt
                 )
             read = every_nth(rows.train, size.read_rows)
-            self._works[task.name] = Work(rows, self._programs[key], read, self._common)
+            self._works[task.name] = Work(rows, self._programs[key], read, self._common, read_at_once(size))
         return self._works[task.name]
 
     @cached_property
     def _common(self) -> Batch:
         """Texts on which the prompts of all tasks are compared: some of the first task's."""
-        return next(iter(evaluation_batches(self._load(self._first).dev, ROWS)))
+        return next(iter(evaluation_batches(self._load(self._first).dev, read_at_once(self._size))))
+
+
+def read_at_once(size: Any) -> int:
+    """The rows of a batch that is read: a smoke test's few are not filled up."""
+    return min(rows for rows in (ROWS, size.read_rows, size.dev_rows, size.test_rows) if rows)  # 0: all

@@ -11,6 +11,7 @@ from modicum import InputError
 from modicum.experiments.emotion_neurons import SIZES, Study
 from modicum.experiments.emotion_neurons_report import effects, similarities, write_report
 from modicum.experiments.emotion_tasks import Emotions
+from modicum.experiments.skill_neurons_work import read_at_once
 
 WORDS = 30
 GROUPS = {
@@ -65,6 +66,11 @@ def test_tasks_are_balanced_and_their_texts_fixed(study):
     )
     with pytest.raises(InputError, match="emotions: 'awe' is unknown; valid: anger, annoyance"):
         emotions.ordered(["awe"])
+
+
+def test_only_a_smoke_tests_batches_are_smaller():
+    assert [read_at_once(SIZES[name]) for name in ("full", "quick", "smoke")] == [32, 32, 16]
+    assert read_at_once(replace(SIZES["full"], dev_rows=0)) == 32
 
 
 def test_groups_must_be_there(study, tiny_backbone, tmp_path):
