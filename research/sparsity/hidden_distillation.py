@@ -6,7 +6,7 @@ et al., "TinyBERT", 2020, train a smaller one towards a larger one's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ def hidden_distillation(teacher: Model) -> Callable[[Forward], Loss]:
 
     def make(forward: Forward) -> Loss:
         def loss(trainable: Tree, frozen: Tree, batch: Batch, rng: jax.Array | None) -> LossSums:
-            inputs = inputs_of(batch)
+            inputs: Mapping[str, Any] = inputs_of(batch)
             given = jax.lax.stop_gradient(teacher.apply(frozen[TEACHER], batch["tokens"], **inputs))
             hidden = forward(trainable, frozen, batch["tokens"], rng=rng, train=rng is not None, **inputs)
             wanted, found = promote_statistics(given), promote_statistics(hidden)
@@ -53,7 +53,8 @@ def row_vectors(model: Model, params: Params, rows: Rows) -> np.ndarray:
 
     @jax.jit
     def read(params: Params, batch: Batch) -> jax.Array:
-        hidden = model.apply(params, batch["tokens"], **inputs_of(batch))
+        inputs: Mapping[str, Any] = inputs_of(batch)
+        hidden = model.apply(params, batch["tokens"], **inputs)
         return pool(promote_statistics(hidden), batch.get("segments"), "mean")
 
     found = np.concatenate([np.asarray(read(params, batch)) for batch in evaluation_batches(rows, ROWS)])
