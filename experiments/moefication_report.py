@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..research.study.figures import Axis, Line, line_plot
+from ..research.study.figures import Axis, Line, heat_map, line_plot
 from ..research.study.runs import write_atomically
 from ..research.study.tables import Cell, Measured, Table
 from .moefication import Size, used
@@ -33,7 +33,7 @@ def write_moefication(folder: Path, results: Results, times: Results, size: Size
         for label, table in tables.items():
             table.write(folder / "tables", f"{_file(name)}-{label}")
         drawn[name] = figures(name, mine, own)
-        shown = "\n\n".join(f"{table.caption}\n\n{table.markdown()}" for table in tables.values())
+        shown = "\n".join(f"{table.caption}\n\n{table.markdown()}" for table in tables.values())
         parts[name] = f"## {name}\n\n{described(mine)}\n\n{shown}\n{verdicts(mine)}"
     for name, pictures in drawn.items():
         for label, svg in pictures.items():
@@ -89,6 +89,8 @@ def introduction(results: Results, size: Size) -> str:
 def described(results: Results) -> str:
     """The dense model: sizes, quality, how active its neurons are."""
     one = results[0]
+    shares = [next(r["used"] for r in results if r["share"] == share) for share in _shares(results)]
+    taken = " / ".join(f"{100 * share:.1f}" for share in shares)
     made = "; ".join(f"{what} {100 * value:.1f}%" for what, value in one["made"].items() if " " in what)
     return (
         f"{one['dense layers']} layers, D={one['dense width']}, F={one['dense neurons']}, "
@@ -96,7 +98,8 @@ def described(results: Results) -> str:
         f"accuracy is {100 * one['dense accuracy']:.1f}%, its loss {one['dense loss']:.3f} nats"
         f"{f' (after training, {made})' if made else ''}. "
         f"{100 * one['dense active']:.1f}% of its neurons are active on the mean token, and the "
-        f"{HEADLINE:.0%} that are largest hold {100 * one['dense largest']:.1f}% of a token's mass."
+        f"{HEADLINE:.0%} that are largest hold {100 * one['dense largest']:.1f}% of a token's mass. Whole "
+        f"experts make the columns of {' / '.join(_heads(_shares(results)))} into {taken}%."
     )
 
 
@@ -160,7 +163,6 @@ def figures(name: str, results: Results, times: Results) -> dict[str, str]:
     cost, quality = Axis("multiplications, share of the dense layers'"), Axis("accuracy, % of dense")
     mlp, clusters = used(results, router="MLP"), [*used(results, construction=CONSTRUCTION)]
     single = used(results, construction=THRESHOLD[0])
-    headline = used(mlp, share=HEADLINE)
     mass = Axis("captured mass, share")
     wanted = {
         "constructions": ("experts by the MLP router", cost, quality, lines(mlp, "construction", kept)),
@@ -171,12 +173,6 @@ def figures(name: str, results: Results, times: Results) -> dict[str, str]:
             mass,
             lines(mlp, "construction", lambda one: one["mass"], lambda one: one["used"]),
         ),
-        "layers": (
-            f"captured mass at {HEADLINE:.0%}, MLP router",
-            Axis("layer"),
-            mass,
-            by_layer(headline) if headline and results[0]["dense layers"] > 1 else [],
-        ),
         "time": (
             "routers on clusters, by time",
             Axis("time of the feed-forward layers, share of the dense ones'"),
@@ -184,11 +180,12 @@ def figures(name: str, results: Results, times: Results) -> dict[str, str]:
             timed(clusters, times),
         ),
     }
-    return {
+    drawn = {
         label: line_plot(f"{name}: {title}", x, y, series)
         for label, (title, x, y, series) in wanted.items()
         if series
     }
+    return drawn | by_layer(name, used(mlp, share=HEADLINE))
 
 
 def lines(results: Results, of: str, value: Value, cost: Value = lambda one: one["products"]) -> list[Line]:
@@ -205,13 +202,18 @@ def lines(results: Results, of: str, value: Value, cost: Value = lambda one: one
     return found
 
 
-def by_layer(results: Results) -> list[Line]:
-    """Captured mass of each layer, a line for each construction."""
-    found = []
+def by_layer(name: str, results: Results) -> dict[str, str]:
+    """Captured mass of each layer by construction, where there are several layers."""
+    means = []
     for construction in dict.fromkeys(one["construction"] for one in results):
         runs = [one["mass by layer"] for one in used(results, construction=construction)]
-        found.append(Line(construction, range(len(runs[0])), runs))
-    return found
+        means.append([fmean(values) for values in zip(*runs, strict=True)])
+    if not means or len(means[0]) < 2:
+        return {}
+    title = f"{name}: captured mass at {HEADLINE:.0%} of the neurons, MLP router"
+    rows, columns = dict.fromkeys(one["construction"] for one in results), map(str, range(len(means[0])))
+    axes = Axis("layer"), Axis("experts")
+    return {"layers": heat_map(title, means, list(rows), list(columns), *axes, "captured mass, share")}
 
 
 def timed(results: Results, times: Results) -> list[Line]:

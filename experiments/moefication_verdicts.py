@@ -119,8 +119,8 @@ def threshold_line(values: Mapping[tuple[str, str], Runs], clusters: Runs | None
     if not single or not clusters:
         return ""
     return (
-        f"A training-free threshold on single neurons keeps {told(single.values())} at the same share; it "
-        f"has to compute the first product whole."
+        f"At the same share a training-free threshold on single neurons, which computes the first product "
+        f"whole, keeps {told(single.values())}."
     )
 
 
