@@ -80,7 +80,7 @@ def accuracy_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> 
     caption = (
         f"Test accuracy %, mean ± s.d. of {len(seeds)} seeds. Neurons' accuracies are balanced (both labels "
         f"count alike), of the one neuron that was best on dev; 'untrained prompt': the same before "
-        f"training; 'shuffled labels': chosen by shuffled labels of dev."
+        f"training, which begins alike for every seed; 'shuffled labels': chosen by shuffled labels of dev."
     )
     return Table(columns, tuple(rows), caption)
 

@@ -134,7 +134,7 @@ class Work:
         return probe.accuracy(arrays, self.batches(self.rows.dev), thresholds).by_neuron()
 
     def untrained(self, seed: int) -> tuple[Accuracy, Accuracy]:
-        """Accuracies on dev and on test of a seed's prompt before training."""
+        """Accuracies on dev and on test before training: prompts begin as the vocabulary's first vectors."""
         fresh = self.programs.trials.start(seed, 1.0).variables
         return self.read(jax.device_get(fresh))[1:]
 
