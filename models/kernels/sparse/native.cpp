@@ -15,8 +15,8 @@ using Floats = ffi::Buffer<ffi::F32>;
 
 static inline float activate(int64_t kind, float z) {
   switch (kind) {
-    case 0: return z > 0 ? z : 0;                                    // relu
-    case 1: return z > 0 ? z * z : 0;                                // relu2
+    case 0: return z < 0 ? 0 : z;                                    // relu; what is not a number stays so
+    case 1: return z < 0 ? 0 : z * z;                                // relu2
     case 2: return 0.5f * z * (1 + std::erf(z * 0.70710678f));       // gelu
     case 3: return 0.5f * z * (1 + std::tanh(0.79788456f * (z + 0.044715f * z * z * z)));  // gelu_tanh
     case 4: return z / (1 + std::exp(-z));                           // silu
@@ -60,7 +60,8 @@ static void add_expert(const Layer& layer, int64_t e, const std::vector<int32_t>
     }
 }
 
-// Experts in parts, each with its own sums, which are added in order: the same bits whichever thread does what.
+// Experts in parts, each with its own sums, which are added in order: the same bits whichever thread does what,
+// with so many threads.
 // A part is done by who takes it first; the caller takes parts too, so that it waits only for those begun.
 struct Job {
   Layer layer;
@@ -105,9 +106,13 @@ static ffi::Error SparseFeedForward(ffi::ThreadPool pool, Floats x, Floats up, F
     if (!job->users[e].empty()) job->used.push_back(static_cast<int32_t>(e));
 
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), used = job->used.size();
-  const int64_t parts = std::min(used, PARTS * threads);
+  // A part's sums are added by the caller alone, at the price of one row of a matrix: with many threads more
+  // parts than the root of the rows would cost more than they share out.
+  const int64_t rows = picked * size * (job->layer.gate ? 3 : 2);
+  const int64_t most = std::max<int64_t>(static_cast<int64_t>(std::sqrt(static_cast<double>(rows))), 1);
+  const int64_t parts = std::min({used, PARTS * threads, most});
   job->sums.resize(parts);
-  const int64_t worth = tokens * picked * size * width * (job->layer.gate ? 3 : 2) / GRAIN;
+  const int64_t worth = tokens * rows * width / GRAIN;
   for (int64_t helper = std::min({threads - 1, parts - 1, worth}); helper > 0; --helper)
     pool.Schedule([job] { job->work(); });
   job->work();

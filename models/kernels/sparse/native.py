@@ -42,7 +42,8 @@ MOST_TOKENS = {1 / 3: 128, 0.5: 16, 1.0: 2}  # by the largest share of neurons: 
 class Native:
     """Reads each chosen expert once, for all tokens that chose it, and skips the rows of silent neurons.
 
-    XLA's own threads do it. Experts come in parts whose sums are added in order: the same bits every time.
+    XLA's own threads do it. Experts come in parts whose sums are added in order: the same bits every time, on
+    so many threads.
     """
 
     name: str = "native"

@@ -140,6 +140,15 @@ def test_native_activations_are_ours(activation):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("impl", [*PORTABLE, NATIVE])
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_what_is_not_a_number_stays_so(impl, activation):
+    x, chosen = inputs()
+    x[1, 0] = np.nan
+    found = np.asarray(sparse_feed_forward(x, drawn(activation), chosen, impl=impl))
+    assert np.isnan(found[1]).all() and np.isfinite(found[[0, 2]]).all()
+
+
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 def test_native_gives_the_same_bits_every_time():
     draw = np.random.default_rng(2)
