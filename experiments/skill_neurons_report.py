@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -93,11 +93,22 @@ def correctness(found: Found, name: str, seed: int, label: str) -> np.ndarray:
     return right
 
 
-def gap(found: Found, name: str, seeds: Sequence[int], what: str) -> tuple[float, float, Interval]:
-    """Accuracies % with skill and with random neurons changed, and random's advantage with its interval.
+class Gap(NamedTuple):
+    """Accuracies % with skill neurons changed, with random ones, with each draw of these; the difference."""
 
-    Both the examples and the random draws are resampled.
-    """
+    skill: float
+    random: float
+    draws: Sequence[float]
+    interval: Interval
+
+    @property
+    def as_bad(self) -> str:
+        """How many random draws leave no more than the skill neurons do."""
+        return f"{sum(draw <= self.skill for draw in self.draws)} of {len(self.draws)}"
+
+
+def gap(found: Found, name: str, seeds: Sequence[int], what: str) -> Gap:
+    """What a change costs skill and random neurons; examples and draws are resampled for the interval."""
     skill, control = [], []
     for seed in seeds:
         labels = found["effects"][name, seed]["correct"]
@@ -105,7 +116,7 @@ def gap(found: Found, name: str, seeds: Sequence[int], what: str) -> tuple[float
         skill += [correctness(found, name, seed, f"{what}/skill")] * len(others)
         control += [correctness(found, name, seed, label) for label in others]
     one, other = 100 * np.array(skill), 100 * np.array(control)
-    return float(one.mean()), float(other.mean()), bootstrap(other - one)
+    return Gap(float(one.mean()), float(other.mean()), other.mean(1).tolist(), bootstrap(other - one))
 
 
 def changes(found: Found, kinds: Sequence[str]) -> list[str]:
@@ -119,18 +130,19 @@ def perturbation_table(found: Found, names: Sequence[str], seeds: Sequence[int])
     rows: list[tuple[Cell, ...]] = []
     for name in names:
         for what in changes(found, ("noise", "mean")):
-            skill, control, interval = gap(found, name, seeds, what)
-            kind, fraction = what.split("/")
-            rows.append(
-                (name, kind, f"{float(fraction):.0%}", round(skill, 1), round(control, 1), str(interval))
-            )
+            cost, (kind, fraction) = gap(found, name, seeds, what), what.split("/")
+            shown = round(cost.skill, 1), round(cost.random, 1), cost.as_bad, str(cost.interval)
+            rows.append((name, kind, f"{float(fraction):.0%}", *shown))
     caption = (
         "Test accuracy % with a share of every layer's neurons changed: normal noise added, its deviation "
         "the root mean square over the layer's neurons and texts of a text's mean activation, or each held "
-        "at its mean. Gap: random less skill, in points, with its 95% interval over test examples and "
-        "over which random neurons were drawn (both resampled 2,000 times), not over seeds."
+        "at its mean. Random is the mean of draws; 'as bad': draws that leave no more than skill neurons do. "
+        "Gap: random less skill, in points, with its 95% interval over test examples and over which random "
+        "neurons were drawn (both resampled 2,000 times), not over seeds."
     )
-    return Table(("task", "change", "neurons", "skill", "random", "gap"), tuple(rows), caption)
+    return Table(
+        ("task", "change", "neurons", "skill", "random", "random as bad", "gap"), tuple(rows), caption
+    )
 
 
 def kept_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> Table:
@@ -139,10 +151,11 @@ def kept_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> Tabl
     for name in names:
         whole = 100 * fmean(found["trial"][name, seed]["accuracy"] for seed in seeds)
         for what in changes(found, ("kept",)):
-            skill, control, interval = gap(found, name, seeds, what)
-            advantage = Interval(-interval.mean, -interval.high, -interval.low)
+            kept = gap(found, name, seeds, what)
+            advantage = Interval(-kept.interval.mean, -kept.interval.high, -kept.interval.low)
             share = f"{float(what.split('/')[1]):.0%}"
-            rows.append((name, round(whole, 1), share, round(skill, 1), round(control, 1), str(advantage)))
+            shown = round(kept.skill, 1), round(kept.random, 1), str(advantage)
+            rows.append((name, round(whole, 1), share, *shown))
     caption = (
         "Test accuracy % where in the upper half of the layers only this share of the neurons is left and "
         "the others are held at their means; the prompt is not tuned again. Advantage: skill less random."
@@ -296,12 +309,21 @@ def _verdicts(
             f"{name}: the best neuron reaches {top:.1f}%, the tuned prompt {tuned:.1f}% (balanced), "
             f"a neuron chosen by shuffled labels {low:.1f}%."
         )
-    what = changes(found, ("noise",))[-1]
-    hurt = [name for name in names if gap(found, name, measured, what)[2].low > 0]
-    lines.append(
-        f"Noise in {float(what.split('/')[1]):.0%} of the neurons costs more where they are skill neurons on "
-        f"{len(hurt)} of {len(names)} tasks with a 95% interval above 0 ({', '.join(hurt) or 'none'})."
-    )
+    lines += [_cost_line(found, names, measured, what) for what in changes(found, ("noise", "mean"))]
     _, same, different, p, *_ = spearman_row
     lines.append(f"Predictivities correlate by {same} within kinds and {different} between them (p = {p}).")
     return lines
+
+
+def _cost_line(found: Found, names: Sequence[str], seeds: Sequence[int], what: str) -> str:
+    """On how many tasks a change costs more, or less, where neurons are skill neurons."""
+    gaps = {name: gap(found, name, seeds, what).interval for name in names}
+    more = [name for name, each in gaps.items() if each.low > 0]
+    less = [name for name, each in gaps.items() if each.high < 0]
+    kind, fraction = what.split("/")
+    change = {"noise": "Noise in", "mean": "Means in place of"}[kind]
+    return (
+        f"{change} {float(fraction):.0%} of the neurons costs more where they are skill neurons on "
+        f"{len(more)} of {len(names)} tasks ({', '.join(more) or 'none'}), less on {len(less)} "
+        f"({', '.join(less) or 'none'}), by 95% intervals."
+    )

@@ -100,9 +100,10 @@ def test_trials_measure_every_question_with_its_controls(found):
 def test_gaps_are_means_over_examples(found):
     result = found["effects"]["one", 0]
     assert result["rows"] == 32
-    skill, control, interval = gap(found, "one", [0], "mean/0.2")
+    skill, control, draws, interval = told = gap(found, "one", [0], "mean/0.2")
     assert skill == pytest.approx(100 * len(result["correct"]["mean/0.2/skill"]) / 32)
     assert interval.mean == pytest.approx(control - skill) and interval.low <= interval.mean <= interval.high
+    assert draws == [control] and told.as_bad == f"{int(control <= skill)} of 1"
     assert len(perturbation_table(found, list(MINE), [0]).rows) == 6
 
 
