@@ -40,7 +40,8 @@ def parse_activation(text: str, valid: tuple[str, ...] = (*ACTIVATIONS, DRELU, *
     try:
         value = kind(number)
     except ValueError:
-        raise InputError(f"activation {text!r}: {number!r} is no number; {name}:{example} is valid") from None
+        what = "whole number" if kind is int else "number"
+        raise InputError(f"activation {text!r}: {number!r} is no {what}; {name}:{example} is valid") from None
     return make(value)
 
 

@@ -32,8 +32,8 @@ class FATReLU:
     threshold: float
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0.0:
-            raise InputError(f"FATReLU threshold={self.threshold} must be at least 0")
+        if not 0.0 <= self.threshold < float("inf"):
+            raise InputError(f"FATReLU threshold={self.threshold} must be at least 0 and finite")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., F] -> [..., F]`."""

@@ -88,12 +88,12 @@ class Sparsity:
                 speaker.params, every
             )
             speaker, relufied = self.relufying.train(speaker, texts.values(), self.seed)
+            self._save(speaker, None)  # whatever may yet be refused
         found = self._surveyed(speaker, batches, layout)
         moefied = None if wanted is None else self._convert(speaker, every, wanted)
         print(write_measured(self.out, Measured(self.model, found, moefied, relufied, was)))
-        if moefied is not None or relufied is not None:
+        if moefied is not None:
             self._save(speaker, moefied)
-            print(f"the converted model is in {self._out() / 'model'}")
         return 0
 
     def _checked(self) -> tuple[Moefication | None, Layout]:
@@ -275,6 +275,7 @@ class Sparsity:
         save_model(
             self._out() / "model", made.model, made.params, tokenizer=speaker.kept, labels=labels, notes=notes
         )
+        print(f"the {'converted' if moefied else 'changed'} model is in {self._out() / 'model'}")
 
 
 def require_different(data: Sequence[str]) -> None:

@@ -90,8 +90,10 @@ def added(total: Sums, found: Mapping[str, Mapping[str, np.ndarray]]) -> Sums:
 
 def mass_of(total: Sums) -> tuple[LayerMass, ...]:
     """The means that sums over batches give; raises `InputError` where no token has any mass."""
-    if not total or any(int(one["tokens"]) == 0 for one in total.values()):
-        raise InputError("no token of any batch has an activation that is not 0")
+    if not total:
+        raise InputError("no batches to measure activations on")
+    if silent := [name for name, one in total.items() if int(one["tokens"]) == 0]:
+        raise InputError(f"{', '.join(silent)}: no token of any batch has an activation that is not 0")
     return tuple(_layer(name, one) for name, one in total.items())
 
 

@@ -31,9 +31,11 @@ def test_those_that_silence_neurons_do():
         ("gulu", "activation 'gulu' is unknown; valid: relu, relu2, gelu,.* drelu, fatrelu:0.1, topk:32"),
         ("topk", "activation 'topk' is unknown; valid: .*topk:32"),
         ("relu:3", "activation 'relu:3' is unknown"),
-        ("topk:3.5", "activation 'topk:3.5': '3.5' is no number; topk:32 is valid"),
+        ("topk:3.5", "activation 'topk:3.5': '3.5' is no whole number; topk:32 is valid"),
+        ("fatrelu:x", "activation 'fatrelu:x': 'x' is no number; fatrelu:0.1 is valid"),
+        ("fatrelu:inf", "FATReLU threshold=inf must be at least 0 and finite"),
         ("topk:0", "top-k: k=0 must be at least 1"),
-        ("fatrelu:-1", "FATReLU threshold=-1.0 must be at least 0"),
+        ("fatrelu:-1", "FATReLU threshold=-1.0 must be at least 0 and finite"),
     ],
 )
 def test_what_is_no_activation_is_refused(text, message):

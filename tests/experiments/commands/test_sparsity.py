@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from modicum.experiments.commands.sparsity import share_of
-from modicum.models import MLP, Learned, TopK, Transformer, TransformerConfig, multi_head
+from modicum.models import MLP, FATReLU, Learned, TopK, Transformer, TransformerConfig, multi_head
 from modicum.research.data.tokenizers import Tokenizer, train_tokenizer
 from modicum.research.sparsity import load_statistics
 from modicum.research.training.model_folder import load_model, save_model
@@ -198,3 +198,11 @@ def test_an_encoder_is_relufied_towards_its_hidden_states(modicum, model, tmp_pa
     assert load_statistics(out / "activations.safetensors").nonzero_ratio <= 6 / 32
     said = modicum(*given, "--relufy", 2, "--teacher", "text", "--out", out)
     assert said.code == 2 and "an encoder has no next token that text could teach" in said.error
+
+
+def test_what_was_trained_is_kept_where_its_neurons_cannot_be_measured(modicum, model, tmp_path):
+    given = ("sparsity", model / "model", "--data", model / "texts.jsonl", "--length", 8, "--rows", 5)
+    said = modicum(*given, "--relufy", 1, "--relufy-to", "fatrelu:1e6", "--out", tmp_path)
+    assert said.code == 2 and f"the changed model is in {tmp_path / 'model'}" in said.out
+    assert "layers_0/mlp/act, layers_1/mlp/act: no token of any batch has an activation that is" in said.error
+    assert load_model(tmp_path / "model").model.config.mlp.activation == FATReLU(1e6)
