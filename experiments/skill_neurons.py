@@ -5,7 +5,7 @@ al., 2022, arXiv 2211.07349, with RoBERTa-base); perturbing them costs more than
 few per cent of them in the upper layers are enough; tasks of one kind have similar ones; and similar neurons
 say whose prompt serves whom (Su et al., 2022).
 
-Command: `modicum study skill-neurons` (half an hour on two cores; stopped at any point, it goes on), `--size
+Command: `modicum study skill-neurons` (an hour of one core; stopped at any point, it goes on), `--size
 quick` for minutes, `--size smoke` for one. Expected: docs/results/skill_neurons.md.
 
 A prompt of 16 vectors and a linear classifier on the mean hidden state are tuned per task and seed, at the
@@ -175,7 +175,8 @@ class Study:
 
     @cached_property
     def _works(self) -> Works:
-        return Works(self._load, self.tasks[self.size.tasks[0]], self.backbone, self.size)
+        common = next(iter(self.tasks.values()))  # whichever are asked for: a cell is not named by it
+        return Works(self._load, common, self.backbone, self.size)
 
     def _load(self, task: Task) -> TaskRows:
         size = self.size

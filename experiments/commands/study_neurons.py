@@ -18,7 +18,7 @@ class SkillNeurons:
     """
 
     size: Literal["full", "quick", "smoke"] = "full"
-    """full: half an hour on two cores; quick: minutes; smoke: a minute, shows that it works."""
+    """full: an hour of one core; quick: minutes; smoke: a minute, shows that it works."""
     tasks: tuple[str, ...] = ()
     """Data sets: sst2, cr, mr, subj, mrpc, qnli_dev5463, trec; none: those of the size."""
     data: Path = Path("../shared/data")
