@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from ..research.study.figures import Axis, Line, heat_map, line_plot
 from ..research.study.runs import write_atomically
 from ..research.study.tables import Cell, Measured, Table
-from .moefication import Size, used
+from .moefication import SIZES, Size, used
 from .moefication_costs import CONSTRUCTION, ROUNDS, TOKENS
+from .moefication_subjects import Recipe
 from .moefication_verdicts import Results, grouped, kept, verdicts
 from .moefication_work import HEADLINE, THRESHOLD
 
@@ -64,7 +66,6 @@ def write_page(
 
 def introduction(results: Results, size: Size) -> str:
     """What was asked, by which command, and how much of it there is."""
-    recipe = size.recipe
     seeds = sorted({one["seed"] for one in results})
     cells = {(one["subject"], one["construction"], one["router"], one["seed"]) for one in results}
     count = ", ".join(f"{sum(cell[3] == seed for cell in cells)} of seed {seed}" for seed in seeds)
@@ -73,17 +74,40 @@ def introduction(results: Results, size: Size) -> str:
         f"`experiments/moefication.py`: dense ReLU models cut into experts of {size.neurons} neurons in four "
         f"ways, of which five routers choose some for each token. Experts and routers are made from "
         f"{size.tokens:,} training tokens ({size.epochs} epochs); captured mass is measured on an eighth as "
-        f"many that were held out, quality on test rows that nothing was chosen on. Decoders are trained for "
-        f"{recipe.steps} steps of {recipe.batch}×128 tokens of WikiText-2's valid split and Tiny Shakespeare "
-        f"and measured on what these hold out (next-token accuracy), the sparse one with a price of "
-        f"{recipe.price:g} on the mean activation; MiniLM-L6 is given ReLU and tuned for "
-        f"{recipe.tuning_steps} steps of {recipe.tuning_batch} rows of sst2. "
-        f"This page has {len(cells)} cells: {count}; what draws nothing (contiguous experts under routers "
-        "without training, thresholds) has one seed.\n\n"
-        "    modicum study moefication --times --markdown docs/results/moefication.md\n\n"
-        "runs what is left of three seeds, times layers (wants a quiet machine) and writes this page; with "
-        "`--finished` it writes it from what is there.\n"
+        f"many that were held out, quality on test rows that nothing was chosen on. "
+        f"{models(results, size.recipe)} This page has {len(cells)} cells: {count}; what draws nothing "
+        "(contiguous experts under routers without training, thresholds) has one seed. 'Clearly' worse is by "
+        "more than a point, and by more than two s.d. of the seeds' gaps where there are several.\n\n"
+        f"    modicum study moefication{asked(size)} --times --markdown docs/results/moefication.md\n\n"
+        f"runs what is left of {len(size.seeds)} seeds, times layers (wants a quiet machine) and writes this "
+        "page; with `--finished` it writes it from what is there.\n"
     )
+
+
+def models(results: Results, recipe: Recipe) -> str:
+    """How the models that have cells were made."""
+    names, said = {one["subject"] for one in results}, []
+    if names & {"decoder", "sparse decoder"}:
+        price = f", the sparse one with a price of {recipe.price:g} on the mean activation"
+        said.append(
+            f"Decoders are trained for {recipe.steps} steps of {recipe.batch}×128 tokens of WikiText-2's "
+            f"valid split and Tiny Shakespeare and measured on what these hold out (next-token accuracy)"
+            f"{price if 'sparse decoder' in names else ''}."
+        )
+    if names - {"decoder", "sparse decoder"}:
+        said.append(
+            f"MiniLM-L6 is given ReLU and tuned for {recipe.tuning_steps} steps of {recipe.tuning_batch} "
+            f"rows of sst2."
+        )
+    return " ".join(said)
+
+
+def asked(size: Size) -> str:
+    """The options of the command that runs this size."""
+    names = [name for name, each in SIZES.items() if replace(each, seeds=size.seeds) == size]
+    own = f" --size {names[0]}" if names and names[0] != "full" else ""
+    seeds = f" --seeds {len(size.seeds)}" if names and size.seeds != SIZES[names[0]].seeds else ""
+    return own + seeds
 
 
 def described(results: Results) -> str:
@@ -153,7 +177,8 @@ def cost_table(results: Results, times: Results) -> Table:
         caption += (
             f" After the stroke, how many times faster the layers ({CONSTRUCTION}) are for one token than "
             f"the dense ones, which take {dense:.2f} ms: median of {ROUNDS} turns in which all are timed, "
-            f"{TOKENS} tokens one after another; float32 on this machine's CPU, load {times[0]['load']:g}."
+            f"{TOKENS} tokens one after another; float32 on this machine's CPU, load {times[0]['load']:g} "
+            f"(what this process did just before is part of it)."
         )
     return Table(("router", *_heads(shares)), tuple(rows), caption)
 

@@ -46,7 +46,9 @@ def kept_line(clusters: Runs | None) -> str:
 
 
 def least_line(results: Results) -> str:
-    """The smallest share at which a trained router keeps as much, and which."""
+    """The smallest share at which a trained router keeps as much, and which; nothing if none was run."""
+    if not any(one["router"] in TRAINED for one in results):
+        return ""
     for share in sorted({one["share"] for one in results}):
         found = {
             key: [kept(run) for run in runs] for key, runs in grouped(results, share) if key[1] in TRAINED
@@ -104,7 +106,7 @@ def training_line(values: Mapping[tuple[str, str], Runs]) -> str:
 
 
 def recall_line(results: Results) -> str:
-    """Mass and recall of clusters and random experts under the MLP router."""
+    """Mass and recall under the MLP router, by construction."""
     parts = []
     for (construction, router), runs in grouped(results, HEADLINE):
         if router == "MLP":

@@ -72,6 +72,8 @@ def test_tables_and_figures_are_written(smoke, tmp_path):
     page = (tmp_path / "page.md").read_text()
     assert text in page and "| no experts" in text and "×" in text.split("Multiplications")[1]
     assert "This page has 5 cells: 5 of seed 0" in page and "1 layers, D=64, F=256" in page
+    assert "moefication --size smoke --times" in page and "Decoders are trained for 4 steps" in page
+    assert "MiniLM" not in page and "sparse" not in page.split("\n## ")[0]
     names = sorted(each.name for each in (tmp_path / "figures").iterdir())
     assert names == [f"decoder-{each}.svg" for each in ("constructions", "mass", "routers", "time")]
     assert all(f"(page/{name})" in page and (tmp_path / "page" / name).exists() for name in names)
@@ -103,6 +105,7 @@ def test_verdicts_say_what_the_figures_say():
     said = verdicts([result("clusters", "MLP", 0.7), result("random", "MLP", 0.7)])
     assert "does not hold (87.5%, one seed)" in said and "than clusters: does not hold" in said
     assert "At no share did a trained router keep 97%" in said
+    assert verdicts([result("clusters", "oracle", 0.7)]) == ""  # of what was not run nothing is said
 
 
 def test_a_gap_within_the_spread_of_seeds_is_not_clear():
