@@ -157,9 +157,7 @@ def test_native_gives_the_same_bits_every_time():
     chosen = np.stack([draw.permutation(64)[:40] for _ in range(4)]).astype(np.int32)
     found = {sparse_feed_forward(x, Experts(up, down), chosen, impl="native").tobytes() for _ in range(50)}
     assert len(found) == 1
-    wanted = sparse_feed_forward(
-        x, Experts(up, down), chosen, impl="mask"
-    )  # of so many rows threads have parts
+    wanted = sparse_feed_forward(x, Experts(up, down), chosen, impl="mask")  # threads share so many rows
     alone = np.frombuffer(found.pop(), np.float32).reshape(x.shape)
     np.testing.assert_allclose(alone, wanted, rtol=1e-4, atol=1e-2)
 
