@@ -43,7 +43,8 @@ def direct_effects(
     too where these are normalised afterwards) divide by what they divide by in this run. For a metric that
     is linear in the logits, such as a difference of two, the effects of `embedded`, `attention` and `mlp` add
     up to it, but for the biases of norms and head; those of `mlp/act` (`mlp/mid`) are each neuron's, of
-    `attention/heads` each head's. All sites at once, with one backward pass. For our Transformers; raises
+    `attention/heads` each head's. Through a head with an activation of its own (a masked language model's, a
+    pooler) they are to first order. All sites at once, with one backward pass. For our Transformers; raises
     `InputError` for other models.
     """
     _require_stream(model)
@@ -71,13 +72,19 @@ def patch_paths(
     As `patch_each`, but the unit's new value reaches the sites `receivers` alone, and them by the stream and
     not by layers between: their values come from a run in which every other attention and feed-forward layer
     puts out what it did on `corrupted`. A later layer's `attention/query` says what its queries make of the
-    unit; `final_norm` is the way straight to the logits. For unrolled models.
+    unit; `final_norm` is the way straight to the logits. For unrolled models. Raises `InputError` for a
+    receiver that is the output of such a layer, which the unit cannot change.
     """
     require_alike(clean, corrupted)
     _require_stream(model)
     path, shape = single_site(model, params, clean, name=sender, **kwargs)
     source = run_with_cache(model, params, clean, names=[path], **kwargs)[1][path]
     held = _others(model, params, corrupted, path, **kwargs)
+    if deaf := [other for other in held if any(matches(name, other) for name in receivers)]:
+        raise InputError(
+            f"receiver {deaf[0]!r} is what a layer puts out, which is held; name what in it reads, "
+            f"such as 'attention/query' or 'mlp/up', or 'final_norm'"
+        )
 
     def one(unit: jax.Array) -> Any:
         edit = partial(patched, source=source, unit=unit, axis=axis)
@@ -106,7 +113,8 @@ def _straight(next_call: Callable, args: tuple, kwargs: dict, context: Any) -> A
     if context.method_name != "__call__" or not matches(f"({SUBLAYERS}(_norm)?|final_norm)", path):
         return next_call(*args, **kwargs)
     if isinstance(module, LayerNormModule | RMSNormModule):
-        return _with_given_size(module, *args)
+        straight = _with_given_size(module, *args)  # the call is made too: edits and deltas act on it
+        return next_call(*lax.stop_gradient(args), **kwargs) + straight - lax.stop_gradient(straight)
     if kwargs.get("memory") is not None:
         kwargs = {**kwargs, "memory": lax.stop_gradient(kwargs["memory"])}
     return next_call(*lax.stop_gradient(args), **kwargs)

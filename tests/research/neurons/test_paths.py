@@ -54,14 +54,16 @@ def test_direct_effects_add_up_to_the_metric(residual):
     config = replace(PLAIN, residual=residual)
     model, scanned = Transformer(config), Transformer(replace(config, scan=True))
     params, names = random(model), ["embedded", "attention/heads", "mlp/mid", "attention", "mlp"]
+    last = "layers_2/mlp_norm" if isinstance(residual, PostNorm) else "final_norm"
 
     def effects(model, params):
-        found = direct_effects(model, params, CLEAN, names=names, metric=difference)
+        found = direct_effects(model, params, CLEAN, names=[*names, last], metric=difference)
         return found, difference(model.apply(params, CLEAN))
 
     found, whole = jax.jit(lambda p: effects(model, p))(params)
     total = {name: sum(v.sum() for path, v in found.items() if path.endswith(name)) for name in names}
     assert total["embedded"] + total["attention"] + total["mlp"] == pytest.approx(float(whole), rel=1e-3)
+    assert found[last].sum() == pytest.approx(float(whole), rel=1e-3)
     assert total["attention/heads"] == pytest.approx(float(total["attention"]), rel=1e-3)
     assert total["mlp/mid"] == pytest.approx(float(total["mlp"]), rel=1e-3)
     assert not found["layers_1/mlp/mid"][:, :-1].any()  # other positions speak through attention alone
@@ -190,6 +192,21 @@ def test_what_cannot_be_told_is_said():
             receivers=["head"],
             metric=difference,
             axis=1,
+        )
+    two = Transformer(replace(PLAIN, layers=2))
+    with pytest.raises(InputError, match="receiver 'layers_1/mlp' is what a layer puts out, which is held"):
+        jax.eval_shape(
+            lambda params: patch_paths(
+                two,
+                params,
+                CLEAN,
+                CORRUPTED,
+                sender="layers_0/mlp/mid",
+                receivers=["layers_0/mlp", "layers_1/mlp"],
+                metric=difference,
+                axis=-1,
+            ),
+            random(two),
         )
     with pytest.raises(InputError, match="'mlp/nothing' matches no site"):
         run_with_cache(Transformer(PLAIN), random(Transformer(PLAIN)), CLEAN, names=["mlp"],
