@@ -149,3 +149,16 @@ def test_seeds_are_resampled_with_draws_of_their_own():
     one = numbers.normal(size=(5, 30))
     assert bootstrap(one[None]) == bootstrap(one)
     np.testing.assert_allclose(bootstrap(one[:1]), bootstrap(one[0]))
+
+
+def test_of_few_seeds_intervals_are_too_narrow():
+    """What the docstring warns of: seeds differ, draws and examples do not."""
+    numbers = np.random.default_rng(2)
+
+    def covered(*shape):
+        tables = numbers.normal(0, 3, (100, *shape)) + numbers.normal(0, 0.01, (100, *shape[:2], 6))
+        found = [bootstrap(table, trial, 400) for trial, table in enumerate(tables)]
+        return np.mean([each.low <= 0 <= each.high for each in found])
+
+    assert covered(2, 1, 1) < 0.6 < covered(3, 1, 1) < 0.8 < covered(1, 8, 1) < 0.95
+    assert covered(1, 8, 6) > 0.98  # noise of each draw and example
