@@ -162,8 +162,8 @@ class Work:
 class Works:
     """Tasks' rows and programs, made when they are first asked for."""
 
-    def __init__(self, load: Callable[[Task], TaskRows], first: Task, backbone: Backbone, size: Any) -> None:
-        self._load, self._first, self._backbone, self._size = load, first, backbone, size
+    def __init__(self, load: Callable[[Task], TaskRows], common: Task, backbone: Backbone, size: Any) -> None:
+        self._load, self._shown, self._backbone, self._size = load, common, backbone, size
         self._programs: dict[tuple[int, int], Programs] = {}
         self._works: dict[str, Work] = {}
 
@@ -182,8 +182,8 @@ class Works:
 
     @cached_property
     def _common(self) -> Batch:
-        """Texts on which the prompts of all tasks are compared: some of the first task's."""
-        return next(iter(evaluation_batches(self._load(self._first).dev, read_at_once(self._size))))
+        """Texts on which the prompts of all tasks are compared: some of one task's."""
+        return next(iter(evaluation_batches(self._load(self._shown).dev, read_at_once(self._size))))
 
 
 def read_at_once(size: Any) -> int:

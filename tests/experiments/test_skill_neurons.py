@@ -84,6 +84,13 @@ def test_more_draws_tune_no_new_prompt(study, found):
     assert replace(study, size=replace(study.size, seeds=(0, 1))).checkpoints(1) == ()
 
 
+def test_all_choices_of_tasks_are_compared_on_the_same_texts(study):
+    """A trial's cell is not named by the other tasks, so its states may not depend on them."""
+    other = replace(study, size=replace(study.size, tasks=("three", "two", "one")))
+    for name, values in study._works._common.items():
+        np.testing.assert_array_equal(other._works._common[name], values)
+
+
 def test_trials_measure_every_question_with_its_controls(found):
     for trial in found["trial"].values():
         assert len(trial["top"]) == len(trial["shuffled_top"]) == 1
