@@ -168,7 +168,8 @@ def delta_relations(
         "Mean similarity of tasks of one kind and of different kinds, p by permuting tasks (one-sided); "
         "Spearman correlation with the transfer of LoRAs relative to the task's own, with its 95% interval "
         "over resampled tasks and p by Mantel's test. Neurons as they are read under prompts, or under LoRAs "
-        "in their mean over a text's tokens; updates are the products that the LoRAs add to the kernels."
+        "in their mean over a text's tokens; updates are the products that the LoRAs add to the kernels. The "
+        "two transfers also share how easy a target is: near chance every source is as good as the task's own."
     )
     return Table(columns, tuple(rows), caption)
 
