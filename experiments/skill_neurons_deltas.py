@@ -169,7 +169,7 @@ def delta_relations(
         "Spearman correlation with the transfer of LoRAs relative to the task's own, with its 95% interval "
         "over resampled tasks and p by Mantel's test. Neurons as they are read under prompts, or under LoRAs "
         "in their mean over a text's tokens; updates are the products that the LoRAs add to the kernels. The "
-        "two transfers also share how easy a target is: near chance every source is as good as the task's own."
+        "two transfers also share how easy a target is: near chance all sources are alike."
     )
     return Table(columns, tuple(rows), caption)
 
