@@ -15,7 +15,7 @@ from jax import Array
 
 from ..hopper.implementation import TYPES, no_hopper
 from .experts import Experts
-from .gradient import with_gathered_gradient
+from .gradient import with_portable_gradient
 from .request import SparseRequest, for_few_tokens
 
 ACTIVATIONS = ("relu", "relu2", "gelu_tanh", "silu", "sigmoid", "tanh")
@@ -57,9 +57,9 @@ class SparseHopper:
         return for_few_tokens(request)
 
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
-        """`[N, D]`; the backward pass is that of `gather`."""
+        """`[N, D]`; the backward pass is that of `gather` or `mask`."""
         compute = functools.partial(_compute, self.interpret)
-        return with_gathered_gradient(compute, x, experts.without_output_bias(), chosen)
+        return with_portable_gradient(compute, x, experts.without_output_bias(), chosen)
 
 
 def _compute(interpret: Any, x: Array, experts: Experts, chosen: Array) -> Array:

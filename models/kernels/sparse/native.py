@@ -26,7 +26,7 @@ from jax import Array
 from .... import InputError
 from ..request import PARTITIONED
 from .experts import Experts
-from .gradient import with_gathered_gradient
+from .gradient import with_portable_gradient
 from .request import SparseRequest
 
 logger = logging.getLogger("modicum.kernels")
@@ -74,9 +74,9 @@ class Native:
         return None
 
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
-        """`[N, D]`; the backward pass is that of `gather`."""
+        """`[N, D]`; the backward pass is that of `gather` or `mask`."""
         register()
-        return with_gathered_gradient(_call, x, experts.without_output_bias(), chosen)
+        return with_portable_gradient(_call, x, experts.without_output_bias(), chosen)
 
 
 def _call(x: Array, experts: Experts, chosen: Array) -> Array:

@@ -14,7 +14,7 @@ from typing import Any
 from jax import Array
 
 from .experts import Experts
-from .gradient import with_gathered_gradient
+from .gradient import with_portable_gradient
 from .request import SparseRequest, for_few_tokens
 
 LANES = 128
@@ -54,8 +54,8 @@ class SparseTpu:
         return for_few_tokens(request)
 
     def __call__(self, x: Array, experts: Experts, chosen: Array) -> Array:
-        """`[N, D]`; the backward pass is that of `gather`."""
+        """`[N, D]`; the backward pass is that of `gather` or `mask`."""
         from .tpu_kernel import run
 
         compute = functools.partial(run, self.interpret)
-        return with_gathered_gradient(compute, x, experts.without_output_bias(), chosen)
+        return with_portable_gradient(compute, x, experts.without_output_bias(), chosen)

@@ -1,5 +1,7 @@
 """Every implementation of the sparse feed-forward layer against neurons computed one by one in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +116,19 @@ def test_gradients_are_the_masks(impl):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
     unused = sorted(set(range(E)) - set(chosen.ravel()))
     assert not np.any(np.asarray(found[1].up)[unused]), "what no token chose has no gradient"
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_a_kernels_gradient_is_gathers_for_few_tokens_and_masks_for_many():
+    def loss(x, experts, impl, chosen):
+        return jnp.square(sparse_feed_forward(x, experts, chosen, impl=impl)).sum()
+
+    for tokens, copied in ((3, True), (7, False)):
+        x, chosen = inputs(tokens)
+        slope = functools.partial(jax.grad(loss, (0, 1)), x, drawn("silu", gated=True))
+        assert ("scan" in str(jax.make_jaxpr(slope, 0)("native", chosen))) == copied
+        found, expected = slope("native", chosen), slope("mask", chosen)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found, expected)
 
 
 @pytest.mark.parametrize("impl", PORTABLE)
