@@ -4,7 +4,7 @@ Claims put to the test: neurons for concepts of emotions emerge in a language mo
 have like neurons, and masking the neurons of an attribute of emotions costs the emotions that have it more
 than masking as many random ones (Li et al., arXiv 2302.09582, with RoBERTa-base and ratings of people).
 
-Command: `modicum study emotion-neurons` (half an hour on two cores; stopped at any point, it goes on),
+Command: `modicum study emotion-neurons` (an hour of one core; stopped at any point, it goes on),
 `--size quick` for fewer, `--size smoke` for a minute. Expected: docs/results/emotion_neurons.md.
 
 Each emotion of GoEmotions (Demszky et al., 2020) is a task of its own: is this text of it, or of another

@@ -128,6 +128,13 @@ class PlacementOptions:
             )
 
 
+def seeds_of(count: int, seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """The seeds 0, 1, ... of `count`, or for 0 the `seeds` of a study's size; raises `InputError` below."""
+    if count < 0:
+        raise InputError(f"seeds={count} must be at least 0 (0: those of the size)")
+    return tuple(range(count)) or seeds
+
+
 def require_folder(out: Path | None) -> None:
     """Raise `InputError` where tables could not be written into `out`."""
     if out is not None and out.exists() and not out.is_dir():

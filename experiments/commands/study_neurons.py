@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ... import InputError
+from .options import seeds_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class EmotionNeurons:
     """
 
     size: Literal["full", "quick", "smoke"] = "full"
-    """full: two seeds, half an hour on two cores; quick: one seed; smoke: a minute, shows that it works."""
+    """full: two seeds, an hour of one core; quick: one seed; smoke: a minute, shows that it works."""
+    seeds: int = 0
+    """How many seeds; 0: those of the size."""
     data: Path = Path("../shared/data")
     """The folder of the data sets, goemotions among them."""
     out: Path = Path("runs/emotion-neurons")
@@ -77,8 +80,10 @@ class EmotionNeurons:
         from .compilation import cache_compilations
         from .progress import say
 
+        size = SIZES[self.size]
+        size = replace(size, seeds=seeds_of(self.seeds, size.seeds))
         cache_compilations()
         folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
-        study = Study(folder, self.data, SIZES[self.size], Backbone.minilm())
+        study = Study(folder, self.data, size, Backbone.minilm())
         say(write_report(study, study.run(), self.markdown))
         return 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ... import InputError
+from .options import seeds_of
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,7 @@ class Moefication:
 
         cache_compilations()
         size = SIZES[self.size]
-        if self.seeds < 0:
-            raise InputError(f"seeds={self.seeds} must be at least 0 (0: those of the size)")
-        size = replace(size, seeds=tuple(range(self.seeds)) or size.seeds)
+        size = replace(size, seeds=seeds_of(self.seeds, size.seeds))
         folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
         study = Study(folder, self.data, size, self.finished)
         results = study.run()
@@ -81,9 +79,7 @@ class SparseActivation:
 
         cache_compilations()
         size = SIZES[self.size]
-        if self.seeds < 0:
-            raise InputError(f"seeds={self.seeds} must be at least 0 (0: those of the size)")
-        size = replace(size, seeds=tuple(range(self.seeds)) or size.seeds)
+        size = replace(size, seeds=seeds_of(self.seeds, size.seeds))
         folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
         say(
             write_sparse_activation(
