@@ -53,13 +53,14 @@ def layer_times(work: Work, measure: bool) -> list[dict[str, Any]]:
     name = f"{work.subject.name}-times".replace(" ", "-")
     given: dict[str, Any] = {"data_fingerprint": work.subject.identity, "revision": REVISION}
     done = work.folder / f"{name}-{run_id(asked, 0, **given)[:6]}" / RESULT
-    if measure:
-        done.unlink(missing_ok=True)
-    elif not done.exists():
+    if not (measure or done.exists()):
         return []
+    times = measured(work, asked) if measure else []
+    if measure:
+        done.unlink(missing_ok=True)  # no earlier: a failure loses nothing
 
     def ask(folder: Path) -> Mapping[str, Any]:
-        return {"times": measured(work, asked)}
+        return {"times": times}
 
     found = run_cell(work.folder, asked, name, ask, seed=0, **given)
     return [{"subject": work.subject.name, **each} for each in found.result["times"]]

@@ -68,7 +68,8 @@ def find_thresholds(
 
 
 def _cut(value: jax.Array, threshold: Any) -> jax.Array:
-    return jnp.where(jnp.abs(value) >= jnp.asarray(threshold, value.dtype), value, 0)
+    small = jnp.abs(value) < jnp.asarray(threshold, value.dtype)  # what is no number stays so
+    return jnp.where(small, 0, value)
 
 
 def _counted(batch: Batch, path: str, value: jax.Array) -> jax.Array:

@@ -82,6 +82,9 @@ def test_a_threshold_leaves_the_wanted_share(given, keep):
     edited = run_with_edits(model, params, batch["tokens"], segments=batch["segments"], edits=found.edits())
     plain = model.apply(params, batch["tokens"], segments=batch["segments"])
     assert np.abs(edited - plain)[batch["segments"] > 0].max() > 1e-4
+    edit = next(iter(found.edits().values()))
+    cut = edit.function(jnp.array([jnp.nan, level / 2, -2 * level]), level)
+    np.testing.assert_allclose(cut, [np.nan, 0, -2 * level], rtol=1e-6)
     everything = find_thresholds(model, params, batches, 1.0).edits()
     same = run_with_edits(model, params, batch["tokens"], segments=batch["segments"], edits=everything)
     np.testing.assert_array_equal(same, plain)
@@ -111,5 +114,5 @@ def test_what_cannot_be_measured_is_named(given):
         find_thresholds(model, params, [], 0.5)
     with pytest.raises(InputError, match="matches no site"):
         find_thresholds(model, params, batches, 0.5, ["mlp/none"])
-    with pytest.raises(InputError, match="no token"):
+    with pytest.raises(InputError, match="no batches"):
         measure_mass(model, params, [])
