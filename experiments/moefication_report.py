@@ -79,8 +79,8 @@ def introduction(results: Results, size: Size) -> str:
         "(contiguous experts under routers without training, thresholds) has one seed. 'Clearly' worse is by "
         "more than a point, and by more than two s.d. of the seeds' gaps where there are several.\n\n"
         f"    modicum study moefication{asked(size)} --times --markdown docs/results/moefication.md\n\n"
-        f"runs what is left of {len(size.seeds)} seeds, times layers (wants a quiet machine) and writes this "
-        "page; with `--finished` it writes it from what is there.\n"
+        "runs what is left, times layers (wants a quiet machine) and writes this page; with `--finished` it "
+        "writes it from what is there.\n"
     )
 
 
@@ -129,7 +129,8 @@ def described(results: Results) -> str:
 
 def quality_table(results: Results) -> Table:
     """A row a construction and router: accuracy in % of the dense model's at each share."""
-    caption = "Accuracy in % of the dense ReLU model's, mean ± s.d. over seeds, by the share of neurons."
+    spread = "mean ± s.d. over seeds" if len({one["seed"] for one in results}) > 1 else "one seed"
+    caption = f"Accuracy in % of the dense ReLU model's, {spread}, by the share of neurons."
     return _by_share(results, caption, kept)
 
 

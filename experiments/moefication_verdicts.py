@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -71,9 +71,10 @@ def worse_line(what: str, clusters: Runs | None, random: Runs | None) -> str:
     if not gaps:
         return ""
     clear = fmean(gaps) > max(POINT, 2 * stdev(gaps) if len(gaps) > 1 else 0.0)
+    seeds = "one seed" if len(gaps) == 1 else "by seed"
     return (
-        f"{what} are clearly worse than clusters: {said(clear)} ({told(random.values())} beside "
-        f"{told(clusters.values())}, {told(gaps, '+')} points by seed)."
+        f"{what} are clearly worse than clusters: {said(clear)} ({figure(random.values())}% beside "
+        f"{figure(clusters.values())}%, {figure(gaps, '+')} points {seeds})."
     )
 
 
@@ -146,10 +147,13 @@ def said(holds: bool) -> str:
     return "holds" if holds else "does not hold"
 
 
-def told(values: Any, sign: str = "") -> str:
-    """Mean ± s.d., or the value and that it is one."""
+def told(values: Iterable[float]) -> str:
+    """Mean ± s.d. in %, or the value and that it is one."""
     found = list(values)
-    mean = f"{fmean(found):{sign}.1f}" + ("" if sign else "%")
-    if len(found) == 1:
-        return f"{mean}, one seed"
-    return f"{fmean(found):{sign}.1f} ± {stdev(found):.1f}" + ("" if sign else "%")
+    return f"{figure(found)}%" + (", one seed" if len(found) == 1 else "")
+
+
+def figure(values: Iterable[float], sign: str = "") -> str:
+    """Mean ± s.d., of one value itself."""
+    found = list(values)
+    return f"{fmean(found):{sign}.1f}" + (f" ± {stdev(found):.1f}" if len(found) > 1 else "")
