@@ -95,9 +95,13 @@ def models(results: Results, recipe: Recipe) -> str:
             f"{price if 'sparse decoder' in names else ''}."
         )
     if names - {"decoder", "sparse decoder"}:
+        one = next(each for each in results if each["subject"] not in ("decoder", "sparse decoder"))
+        accuracy, rows = one["dense accuracy"], one["dense rows"]
+        error = 100 * (accuracy * (1 - accuracy) / rows) ** 0.5
         said.append(
             f"MiniLM-L6 is given ReLU and tuned for {recipe.tuning_steps} steps of {recipe.tuning_batch} "
-            f"rows of sst2."
+            f"rows of sst2, whose {rows} test rows give an accuracy a standard error of {error:.1f} points: "
+            f"losses tell more."
         )
     return " ".join(said)
 
