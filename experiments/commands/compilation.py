@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 
 
-def cache_compilations() -> None:
-    """Let JAX keep compiled programs in the user's cache folder, unless a folder was chosen already."""
+def cache_compilations(smoke: bool = False) -> None:
+    """Let JAX keep compiled programs in the user's cache folder, unless a folder was chosen already.
+
+    A `smoke` form compiles without most optimizations: that takes longer than what it computes.
+    """
     import jax
 
+    if smoke:
+        jax.config.update("jax_disable_most_optimizations", True)
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

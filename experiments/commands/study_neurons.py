@@ -46,7 +46,7 @@ class SkillNeurons:
                 f"tasks {', '.join(size.tasks)}: two of one kind and one of another are needed at least; the "
                 f"kinds are {', '.join(f'{name} {kind}' for name, kind in KINDS.items())}"
             )
-        cache_compilations()
+        cache_compilations(smoke=self.size == "smoke")
         folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
         study = Study(folder, self.data, size, Backbone.minilm())
         say(write_report(study.folder, study.run(), KINDS, self.markdown, size.checkpoints))
@@ -82,7 +82,7 @@ class EmotionNeurons:
 
         size = SIZES[self.size]
         size = replace(size, seeds=seeds_of(self.seeds, size.seeds))
-        cache_compilations()
+        cache_compilations(smoke=self.size == "smoke")
         folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
         study = Study(folder, self.data, size, Backbone.minilm())
         say(write_report(study, study.run(), self.markdown))

@@ -40,7 +40,7 @@ class Moefication:
         from .compilation import cache_compilations
         from .progress import say
 
-        cache_compilations()
+        cache_compilations(smoke=self.size == "smoke")
         size = SIZES[self.size]
         size = replace(size, seeds=seeds_of(self.seeds, size.seeds))
         folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
@@ -77,7 +77,7 @@ class SparseActivation:
         from .compilation import cache_compilations
         from .progress import say
 
-        cache_compilations()
+        cache_compilations(smoke=self.size == "smoke")
         size = SIZES[self.size]
         size = replace(size, seeds=seeds_of(self.seeds, size.seeds))
         folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
