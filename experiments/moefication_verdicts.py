@@ -71,10 +71,10 @@ def worse_line(what: str, clusters: Runs | None, random: Runs | None) -> str:
     if not gaps:
         return ""
     clear = fmean(gaps) > max(POINT, 2 * stdev(gaps) if len(gaps) > 1 else 0.0)
-    seeds = "one seed" if len(gaps) == 1 else "by seed"
+    seeds = ", one seed" if len(gaps) == 1 else " by seed"
     return (
         f"{what} are clearly worse than clusters: {said(clear)} ({figure(random.values())}% beside "
-        f"{figure(clusters.values())}%, {figure(gaps, '+')} points {seeds})."
+        f"{figure(clusters.values())}%, {figure(gaps, '+')} points{seeds})."
     )
 
 
