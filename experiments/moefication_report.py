@@ -175,8 +175,8 @@ def cost_table(results: Results, times: Results) -> Table:
         rows.append((router, *cells))
     caption = (
         "Multiplications of the feed-forward layers in % of the dense ones', router included; the oracle and "
-        "thresholds compute the first product whole, and where fewer neurons are active than the share says a "
-        "threshold cuts none."
+        "thresholds compute the first product whole, and where fewer neurons are active than the share says "
+        "a threshold cuts none."
     )
     if times:
         dense = fmean(one["dense ms"] for one in times)
