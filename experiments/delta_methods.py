@@ -39,7 +39,7 @@ from ..models.pretrained.tokenizers import Tokenizer
 from ..research import delta
 from ..research.data.batches import Batches
 from ..research.study.halving import successive_halving
-from ..research.study.runs import Run, run_id
+from ..research.study.runs import Run, run_name
 from ..research.training.config import OptimizerConfig, TrainingConfig
 from ..research.training.lora_plus import lora_plus
 from ..research.training.model_folder import TrainedModel, with_classifier
@@ -290,10 +290,10 @@ class Work:
     def _cell(self, cell: Cell, seed: int, ask: Any) -> dict[str, Any]:
         """The result of one cell's run, measured now where it is not there yet."""
         digest = self.rows.fingerprint
-        identity = run_id(cell, seed, digest, REVISION)[:6]
         few = f"few{cell.examples}-" if cell.examples else ""
         kind = f"seed{seed}-{cell.rate:g}" if cell.rate else "rate"
-        name = f"{cell.task.name}-{cell.method.replace(' ', '-')}-{few}{kind}-{identity}"
+        name = f"{cell.task.name}-{cell.method.replace(' ', '-')}-{few}{kind}"
+        name = run_name(name, cell, seed, digest, REVISION)
         run = Run.open(
             self.study.folder, cell, seed=seed, data_fingerprint=digest, revision=REVISION, name=name
         )

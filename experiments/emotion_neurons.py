@@ -196,7 +196,7 @@ class Study:
         trial = trials.advance(trials.start(seed, size.rate), batches, size.steps)
         variables = work.variables_of(trial)
         thresholds, dev, test = work.read(variables)
-        dev_before, test_before = work.untrained(seed)
+        dev_before, test_before = work.untrained
         shuffled = work.shuffled(variables, thresholds, seed)
         stored = {
             **flatten_dict(variables["delta"], sep="/"),

@@ -22,7 +22,7 @@ from ..models.model import Params
 from ..models.selection import OracleSelection
 from ..research.sparsity.feed_forward import subtree
 from ..research.sparsity.moefication import Moefication, layer_parameters, moefied_config
-from ..research.study.runs import RESULT, run_id
+from ..research.study.runs import RESULT, run_name
 from ..research.study.study import run_cell
 from .bench.ffn import DENSE, Key, Seen, take_turns
 from .bench.ffn_job import Run
@@ -52,7 +52,7 @@ def layer_times(work: Work, measure: bool) -> list[dict[str, Any]]:
     asked = Timing(cells)
     name = f"{work.subject.name}-times".replace(" ", "-")
     given: dict[str, Any] = {"data_fingerprint": work.subject.identity, "revision": REVISION}
-    done = work.folder / f"{name}-{run_id(asked, 0, **given)[:6]}" / RESULT
+    done = work.folder / run_name(name, asked, 0, **given) / RESULT
     if not (measure or done.exists()):
         return []
     times = measured(work, asked) if measure else []

@@ -25,7 +25,7 @@ from ..research.data.packing import packed_corpus
 from ..research.data.parts import Part, spread_out
 from ..research.data.sources import load_source
 from ..research.data.tokenizers import Tokenizer, train_tokenizer
-from ..research.study.runs import RESULT, Run, run_id
+from ..research.study.runs import RESULT, Run, run_name
 from ..research.training.activation_penalty import ActivationPenalty
 from ..research.training.config import OptimizerConfig, TrainingConfig
 from ..research.training.loop import train
@@ -169,7 +169,7 @@ def _with_activation(backbone: Backbone, activation: str, labels: int) -> tuple[
 
 
 def _open(folder: Path, name: str, question: Any, digest: str, finished: bool) -> Run | None:
-    name = f"{name}-{run_id(question, 0, digest, REVISION)[:6]}"
+    name = run_name(name, question, 0, digest, REVISION)
     if finished and not (folder / name / RESULT).exists():
         return None
     return Run.open(folder, question, data_fingerprint=digest, revision=REVISION, name=name)

@@ -41,7 +41,7 @@ from ..research.sparsity.partitions import (
 from ..research.sparsity.quality import captured
 from ..research.sparsity.routing import Fitting, fit_selection
 from ..research.sparsity.thresholds import find_thresholds
-from ..research.study.runs import RESULT, run_id
+from ..research.study.runs import RESULT, run_name
 from ..research.study.study import run_cell
 from ..research.training.evaluation import SumsOf, make_evaluation
 from ..research.training.objectives import Forward, Loss, full_tuning
@@ -107,7 +107,7 @@ class Work:
         cell, subject = self.cell(construction, router, seed), self.subject
         asked: dict[str, Any] = {"data_fingerprint": subject.identity, "revision": REVISION}
         name = f"{subject.name}-{construction}-{router}-seed{seed}".replace(" ", "-")
-        done = self.folder / f"{name}-{run_id(cell, seed, subject.identity, REVISION)[:6]}" / RESULT
+        done = self.folder / run_name(name, cell, seed, **asked) / RESULT
         if self.finished and not done.exists():
             return []
 

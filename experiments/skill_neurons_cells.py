@@ -42,7 +42,7 @@ def trial(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
     variables = work.variables_of(trial)
     thresholds, dev, test = work.read(variables)
     shuffled = work.shuffled(variables, thresholds, seed)
-    dev_before, test_before = work.untrained(seed)
+    dev_before, test_before = work.untrained
     means, deviations = work.programs.spread(work.arrays(variables), work.batches(work.read_rows))
     settled = [dev_before.by_neuron(), *settled, dev.by_neuron()]
     stored = {

@@ -133,9 +133,13 @@ class Work:
         thresholds = probe.thresholds(arrays, self.batches(self.read_rows))
         return probe.accuracy(arrays, self.batches(self.rows.dev), thresholds).by_neuron()
 
-    def untrained(self, seed: int) -> tuple[Accuracy, Accuracy]:
-        """Accuracies on dev and on test before training: prompts begin as the vocabulary's first vectors."""
-        fresh = self.programs.trials.start(seed, 1.0).variables
+    @cached_property
+    def untrained(self) -> tuple[Accuracy, Accuracy]:
+        """Accuracies on dev and on test before training.
+
+        The same for every seed: prompts begin as the vocabulary's first vectors.
+        """
+        fresh = self.programs.trials.start(0, 1.0).variables
         return self.read(jax.device_get(fresh))[1:]
 
     def shuffled(self, variables: Mapping[str, Any], thresholds: np.ndarray, seed: int) -> Accuracy:

@@ -135,6 +135,11 @@ def seeds_of(count: int, seeds: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(range(count)) or seeds
 
 
+def size_folder(out: Path, size: str) -> Path:
+    """Where a study's runs of a size lie: of the full one in `out` itself, of others beside it."""
+    return out if size == "full" else out.with_name(f"{out.name}-{size}")
+
+
 def require_folder(out: Path | None) -> None:
     """Raise `InputError` where tables could not be written into `out`."""
     if out is not None and out.exists() and not out.is_dir():

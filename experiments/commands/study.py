@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ... import InputError
+from .options import size_folder
 from .study_neurons import EmotionNeurons, SkillNeurons
 from .study_planner import CostClaims, PlannerCompiled, PlannerValidation
 from .study_sparsity import Moefication, SparseActivation
@@ -48,7 +49,7 @@ class DeltaOptions:
         _require_known("tasks", self.tasks, TASKS)
         _require_known("methods", self.methods, RECIPES)
         cache_compilations()
-        folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
+        folder = size_folder(self.out, self.size)
         return Study(folder, self.data, SIZES[self.size], Backbone.minilm())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ... import InputError
-from .options import seeds_of
+from .options import seeds_of, size_folder
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SkillNeurons:
                 f"kinds are {', '.join(f'{name} {kind}' for name, kind in KINDS.items())}"
             )
         cache_compilations(smoke=self.size == "smoke")
-        folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
+        folder = size_folder(self.out, self.size)
         study = Study(folder, self.data, size, Backbone.minilm())
         say(write_report(study.folder, study.run(), KINDS, self.markdown, size.checkpoints))
         return 0
@@ -83,7 +83,7 @@ class EmotionNeurons:
         size = SIZES[self.size]
         size = replace(size, seeds=seeds_of(self.seeds, size.seeds))
         cache_compilations(smoke=self.size == "smoke")
-        folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
+        folder = size_folder(self.out, self.size)
         study = Study(folder, self.data, size, Backbone.minilm())
         say(write_report(study, study.run(), self.markdown))
         return 0

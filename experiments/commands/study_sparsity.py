@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from .options import seeds_of
+from .options import seeds_of, size_folder
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Moefication:
         cache_compilations(smoke=self.size == "smoke")
         size = SIZES[self.size]
         size = replace(size, seeds=seeds_of(self.seeds, size.seeds))
-        folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
+        folder = size_folder(self.out, self.size)
         study = Study(folder, self.data, size, self.finished)
         results = study.run()
         say(write_moefication(folder, results, study.times(self.times), size, self.markdown))
@@ -80,7 +80,7 @@ class SparseActivation:
         cache_compilations(smoke=self.size == "smoke")
         size = SIZES[self.size]
         size = replace(size, seeds=seeds_of(self.seeds, size.seeds))
-        folder = self.out if self.size == "full" else self.out.with_name(f"{self.out.name}-{self.size}")
+        folder = size_folder(self.out, self.size)
         say(
             write_sparse_activation(
                 folder, Study(folder, self.data, size, self.finished).run(), self.markdown

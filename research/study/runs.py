@@ -41,6 +41,11 @@ def run_id(config: Any, seed: int, data_fingerprint: str = "", revision: int = 1
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def run_name(name: str, config: Any, seed: int, data_fingerprint: str = "", revision: int = 1) -> str:
+    """`name` and the beginning of the run's identity: a folder that a person can find."""
+    return f"{name}-{run_id(config, seed, data_fingerprint, revision)[:6]}"
+
+
 @dataclass(frozen=True)
 class Run:
     """An opened run folder. `state` says what was found there; `result` is what a finished run measured.

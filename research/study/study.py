@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ... import InputError
-from .runs import Run, run_id
+from .runs import Run, run_name
 from .sweeps import Sweep, apply, label
 from .tables import Table, summarise
 
@@ -38,7 +38,7 @@ def run_cell(
 
     Where it is not finished `ask(folder)` is, and its result is kept with the `seconds` that it took.
     """
-    name = f"{name}-{run_id(config, seed, data_fingerprint, revision)[:6]}"
+    name = run_name(name, config, seed, data_fingerprint, revision)
     run = Run.open(root, config, seed=seed, data_fingerprint=data_fingerprint, revision=revision, name=name)
     if run.state != "finished":
         start = time.perf_counter()
